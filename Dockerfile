@@ -1,0 +1,17 @@
+# For clusters with NVIDIA GPUs: PyTorch, NCCL, Transformer Engine, flash-attn and DALI come with NVIDIA's image and are left as they are.
+# Not built where this was written (no Docker, no GPU): take it as a start, and another tag as your driver needs it.
+#
+#   docker build -t llava_mcore .
+#   docker run --rm -it --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 -v /data:/data llava_mcore
+FROM nvcr.io/nvidia/pytorch:25.06-py3
+
+WORKDIR /workspace/llava_mcore
+COPY . .
+
+# The package first and alone; then what it requires, without torch: pip would put a plain build in place of NVIDIA's.
+RUN pip install --no-cache-dir --no-deps -e . \
+ && python -c "import importlib.metadata, re; print(*(r for r in importlib.metadata.requires('llava_mcore') if 'extra ==' not in r and not re.match(r'torch\b', r)), sep='\n')" > /tmp/requirements.txt \
+ && pip install --no-cache-dir -r /tmp/requirements.txt \
+ && python -c "import torch; assert torch.version.cuda, 'torch was replaced by a build without CUDA'"
+
+ENTRYPOINT ["bash"]

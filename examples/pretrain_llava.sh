@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+''':'
+# Phase 1 of LLaVA-1.5 7B: the projector learns captions, tower and decoder stay as they are. Any of
+#   bash examples/pretrain_llava.sh key=value ...                                     (every GPU of this machine, or one process)
+#   torchrun --nproc-per-node 8 examples/pretrain_llava.sh key=value ...
+#   torchrun --no-python --nproc-per-node 8 examples/pretrain_llava.sh key=value ...
+# with data.path=SHARDS data.tokenizer=FOLDER train.init_from=CHECKPOINT at least; --help lists every setting.
+source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+launch experiment=pretrain_llava_7b "$@"
+exit
+'''
+import os, sys  # torchrun runs this file with Python: hand it back to bash, and say which Python it was
+os.execvpe("bash", ["bash", __file__, *sys.argv[1:]], {**os.environ, "PYTHON": sys.executable})
+#'

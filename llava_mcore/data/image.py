@@ -1,0 +1,100 @@
+"""Pictures: from the bytes of a file to what the vision tower sees.
+
+``preprocess`` gives the very numbers of transformers' ``CLIPImageProcessor`` (Pillow backend), which is what published LLaVA
+checkpoints were trained behind.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from llava_mcore.data.errors import SampleError
+
+# A picture of more pixels than this is a mistake or an attack (Pillow's own limit, where it only warns): 268 MB decoded.
+MAX_PIXELS = 89_478_485
+# `square` enlarges before it crops, and a strip of 1 x 100,000 would become a giant.
+MAX_RESIZED_PIXELS = 2 * MAX_PIXELS
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data))
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise SampleError(f"picture is too large ({error})") from error
+    except Exception as error:  # Pillow's plugins raise what they like on broken bytes
+        raise SampleError(f"not a readable picture ({len(data)} bytes: {type(error).__name__})") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise SampleError(f"picture of {image.width} x {image.height} pixels exceeds the limit of {MAX_PIXELS} pixels")
+    return image
+
+
+def picture_info(data: bytes) -> tuple[str, int, int]:
+    """Format (``JPEG``, ``PNG``, ...), width and height, from the header alone."""
+    image = _open(data)
+    return image.format or "", image.width, image.height
+
+
+def open_rgb(data: bytes) -> Image.Image:
+    """Decodes a picture to RGB.
+
+    Like transformers (and unlike LLaVA's own ``convert("RGB")``, which shows whatever colour hides under full transparency)
+    transparent pixels are laid on white. EXIF rotation is not applied, as in both.
+
+    Raises:
+        SampleError: the bytes are no picture, are cut short, or the picture is too large.
+    """
+    image = _open(data)
+    try:
+        image.load()
+        if "A" in image.getbands() or image.info.get("transparency") is not None:
+            layer = image.convert("RGBA")
+            white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+            return Image.alpha_composite(white, layer).convert("RGB")
+        return image.convert("RGB")
+    except Exception as error:  # as above
+        raise SampleError(f"picture is corrupt or truncated ({type(error).__name__}: {error})") from error
+
+
+def _pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
+    """LLaVA's expand2square: centred on a square of the mean colour."""
+    side = max(image.size)
+    if image.width == image.height:
+        return image
+    square = Image.new("RGB", (side, side), tuple(int(255 * channel) for channel in mean))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def preprocess(image: Image.Image, mode: str, image_size: int, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Resizes, crops and normalises.
+
+    Args:
+        image: an RGB picture.
+        mode: ``square`` resizes the short side to ``image_size`` and cuts out the middle; ``pad`` first fills up to a square.
+        image_size: side of the result.
+        mean: per channel, subtracted after scaling to 0..1.
+        std: per channel, divided by.
+
+    Returns:
+        float32 array [3, image_size, image_size].
+    """
+    if mode == "pad":
+        image = _pad_to_square(image, mean)
+    elif mode != "square":
+        raise ValueError(f"unknown image mode {mode!r}: pad and square are known")
+    short, long = min(image.size), max(image.size)
+    resized_long = int(image_size * long / short)
+    if resized_long * image_size > MAX_RESIZED_PIXELS:
+        raise SampleError(f"picture of {image.width} x {image.height} pixels is too narrow to resize; use data.image_mode=pad")
+    size = (image_size, resized_long) if image.width <= image.height else (resized_long, image_size)
+    image = image.resize(size, resample=Image.Resampling.BICUBIC)
+    left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
+    pixels = np.asarray(image.crop((left, top, left + image_size, top + image_size)))
+    # The order of operations and of types is transformers', to the last bit: scale in float64, normalise in float32.
+    scaled = (pixels.astype(np.float64) * (1 / 255)).astype(np.float32)
+    normalised = (scaled - np.asarray(mean, dtype=np.float32)) / np.asarray(std, dtype=np.float32)
+    return np.ascontiguousarray(normalised.transpose(2, 0, 1))

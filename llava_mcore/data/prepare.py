@@ -1,0 +1,346 @@
+"""Making datasets and checking them: the logic behind ``tools/prepare_data.py``. No torch except while shards are written."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import shutil
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llava_mcore.data.conversation import TEMPLATES, encode_conversation, render
+from llava_mcore.data.errors import DatasetError, SampleError
+from llava_mcore.data.image import open_rgb, picture_info
+from llava_mcore.data.shards import ShardDataset, ShardWriter, build_index
+from llava_mcore.data.tokenizer import Tokenizer
+
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+# Names of bad samples that an error spells out; the rest is counted, and `lint` prints all.
+SHOWN = 50
+
+Progress = Callable[[int], None]
+Picture = tuple[str, bytes]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One bad sample."""
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
+class BadSamplesError(DatasetError):
+    """Samples that keep a dataset from being made."""
+
+    def __init__(self, problems: list[Problem], total: int) -> None:
+        self.problems = problems
+        listed = "\n".join(f"  {problem}" for problem in problems[:SHOWN])
+        more = f"\n  ... and {len(problems) - SHOWN} more (`prepare_data.py lint` lists all)" if len(problems) > SHOWN else ""
+        super().__init__(
+            f"{len(problems)} of {total} samples are bad; nothing was written. Mend them, or leave them out with --skip-bad:\n{listed}{more}"
+        )
+
+
+@dataclass
+class Report:
+    """What was found in a dataset."""
+
+    samples: int = 0
+    pictures: int = 0
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, where: str, reason: str) -> None:
+        """Notes a bad sample."""
+        self.problems.append(Problem(where, reason))
+
+    def counts(self) -> Counter[str]:
+        """Problems by kind: the reason without its numbers and names."""
+        kinds: Counter[str] = Counter()
+        for problem in self.problems:
+            kinds[problem.reason.split(":")[0].split("(")[0].strip()] += 1
+        return kinds
+
+
+@dataclass(frozen=True)
+class TokenCheck:
+    """What ``lint`` needs to know to say that a sample is too long."""
+
+    tokenizer: Tokenizer
+    template: str
+    sequence_length: int
+    image_tokens: int
+
+    def check(self, conversations: Any, num_images: int) -> None:
+        """Raises SampleError if the sample will not enter a stream whole, or teaches nothing."""
+        tokens = encode_conversation(
+            conversations,
+            self.tokenizer,
+            self.template,
+            num_images=num_images,
+            image_tokens_each=self.image_tokens,
+            image_token_id=-1,  # in no text
+        )
+        if len(tokens.input_ids) > self.sequence_length:
+            raise SampleError(f"too long: {len(tokens.input_ids)} tokens, but a stream holds {self.sequence_length}")
+        if not (tokens.labels >= 0).any():
+            raise SampleError("nothing in it is learned: no token of an answer is supervised")
+
+
+def read_records(path: str | Path) -> list[Any]:
+    """The samples of a LLaVA JSON (one list) or JSONL (one object a line) file.
+
+    Raises:
+        DatasetError: the file is missing or broken; names the line.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DatasetError(f"cannot read {path} ({error})") from error
+    if path.suffix == ".jsonl":
+        records = []
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                try:
+                    records.append(json.loads(line))
+                except ValueError as error:
+                    raise DatasetError(f"{path}, line {number} is not JSON ({error})") from error
+        return records
+    try:
+        records = json.loads(text)
+    except ValueError as error:
+        raise DatasetError(f"{path} is not JSON ({error}); one object a line needs a name that ends in .jsonl") from error
+    if not isinstance(records, list):
+        raise DatasetError(f"{path} holds no list of samples")
+    return records
+
+
+def _where(number: int, record: Any) -> str:
+    name = record.get("id") if isinstance(record, dict) else None
+    return f"sample {number}" + (f" (id {name!r})" if name is not None else "")
+
+
+def _picture_names(record: dict[str, Any]) -> list[str]:
+    """The files a record names under ``image``: none, one, or a list."""
+    image = record.get("image")
+    names = [] if image is None else image if isinstance(image, list) else [image]
+    if not all(isinstance(name, str) and name for name in names):
+        raise SampleError(f"`image` is neither a file name nor a list of them: {image!r}")
+    return names
+
+
+def _load_picture(media: Path, name: str) -> Picture:
+    """Extension and bytes of a picture that decodes. Formats that shards do not hold become PNG, pixel by pixel the same."""
+    try:
+        data = (media / name).read_bytes()
+    except OSError as error:
+        raise SampleError(f"missing picture: {media / name} ({error.strerror})") from error
+    try:
+        kind, _, _ = picture_info(data)
+        image = open_rgb(data)
+    except SampleError as error:
+        raise SampleError(f"{error.reason}: {media / name}") from error
+    if kind in EXTENSIONS:
+        return EXTENSIONS[kind], data
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG")
+    return "png", encoded.getvalue()
+
+
+def check_conversation(record: Any, num_images: int) -> None:
+    """Whether a record can be trained on with a template that keeps questions, as far as can be told without a tokenizer.
+
+    Raises:
+        SampleError: it cannot.
+    """
+    if not isinstance(record, dict):
+        raise SampleError("is not an object")
+    # EOS text does not matter to the check; any template that takes many turns will do.
+    text = "".join(segment.text for segment in render(record.get("conversations"), "vicuna_v1", "</s>"))
+    if record["conversations"][-1].get("from") == "human":
+        raise SampleError("the conversation ends with a human turn: there is no answer to learn")
+    if text.count("<image>") != num_images:
+        raise SampleError(f"{text.count('<image>')} `<image>` in the text, but {num_images} pictures")
+
+
+def _load_sample(record: Any, media: Path) -> list[Picture] | SampleError:
+    try:
+        names = _picture_names(record) if isinstance(record, dict) else []
+        check_conversation(record, len(names))
+        return [_load_picture(media, name) for name in names]
+    except SampleError as error:
+        return error
+
+
+def _in_order(pool: ThreadPoolExecutor, work: Callable[..., Any], items: Iterable[tuple[Any, ...]], ahead: int) -> Iterator[Any]:
+    """``pool.map`` that runs no further ahead than ``ahead`` items, so that pictures do not pile up in memory."""
+    pending: deque[Future[Any]] = deque()
+    for item in items:
+        pending.append(pool.submit(work, *item))
+        if len(pending) >= ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _loaded(records: list[Any], media: Path, progress: Progress | None) -> Iterator[tuple[int, Any, list[Picture] | SampleError]]:
+    """Every record with its pictures, or what is wrong with it; pictures are decoded in threads."""
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        results = _in_order(pool, _load_sample, ((record, media) for record in records), 8 * threads)
+        for number, (record, result) in enumerate(zip(records, results, strict=True)):
+            yield number, record, result
+            if progress is not None:
+                progress(1)
+
+
+@contextmanager
+def _aside(output: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to write in that takes ``output``'s place at the end, and is gone if there is an error."""
+    if output.exists() and not overwrite:
+        raise DatasetError(f"{output} exists; choose another --output, or replace it with --overwrite")
+    if output.exists() and not output.is_dir():
+        raise DatasetError(f"{output} is not a folder")
+    aside = output.parent / f".{output.name}.partial"
+    aside.mkdir(parents=True, exist_ok=True)
+    handle = os.open(aside, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # freed by the system however this process ends
+        except OSError as error:
+            raise DatasetError(f"another process is writing {output} at this moment") from error
+        for left in aside.iterdir():  # of a run that was killed
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            yield aside
+            old = output.parent / f".{output.name}.old"
+            shutil.rmtree(old, ignore_errors=True)
+            if output.exists():
+                os.replace(output, old)
+            os.replace(aside, output)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+    finally:
+        os.close(handle)
+
+
+def shard(
+    source: str | Path,
+    media: str | Path,
+    output: str | Path,
+    *,
+    samples_per_shard: int = 1000,
+    overwrite: bool = False,
+    skip_bad: bool = False,
+    records: list[Any] | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Turns a LLaVA JSON or JSONL and a folder of pictures into shards with an index.
+
+    Args:
+        source: the JSON or JSONL.
+        media: pictures are named relative to it.
+        output: the dataset; appears only when it is complete.
+        samples_per_shard: samples in each tar.
+        overwrite: replace ``output``.
+        skip_bad: leave bad samples out instead of failing; the report lists them.
+        records: what ``read_records(source)`` gave, if it was read already.
+        progress: called with the number of samples just done.
+
+    Raises:
+        BadSamplesError: samples are bad; it names them.
+        DatasetError: input or output as a whole will not do.
+    """
+    records = read_records(source) if records is None else records
+    media, output = Path(media), Path(output)
+    if not records:
+        raise DatasetError(f"{source} holds no sample")
+    if not media.is_dir():
+        raise DatasetError(f"no media folder at {media}")
+    report = Report()
+    with _aside(output, overwrite) as aside:
+        with ShardWriter(aside, samples_per_shard) as writer:
+            for number, record, result in _loaded(records, media, progress):
+                if isinstance(result, SampleError):
+                    report.add(_where(number, record), result.reason)
+                    continue
+                if not report.problems or skip_bad:  # with an error coming, only the names of the others are wanted
+                    writer.write(str(record.get("id", f"{number:09d}")), record, result)
+                report.samples += 1
+                report.pictures += len(result)
+        if report.problems and (not skip_bad or not report.samples):
+            raise BadSamplesError(report.problems, len(records))
+        build_index(aside)
+    return report
+
+
+def lint_json(
+    source: str | Path, media: str | Path, check: TokenCheck | None = None, progress: Progress | None = None, records: list[Any] | None = None
+) -> Report:
+    """Reports what is wrong with a LLaVA JSON or JSONL and its pictures, sample by sample."""
+    records = read_records(source) if records is None else records
+    media = Path(media)
+    report = Report(samples=len(records))
+    if not records:
+        report.add(str(source), "holds no sample")
+    for number, record, result in _loaded(records, media, progress):
+        try:
+            if isinstance(result, SampleError):
+                raise result
+            report.pictures += len(result)
+            if check is not None:
+                check.check(record["conversations"], len(result))
+        except SampleError as error:
+            report.add(_where(number, record), error.reason)
+    return report
+
+
+def lint_shards(folder: str | Path, check: TokenCheck | None = None, progress: Progress | None = None) -> Report:
+    """Reports what is wrong with a dataset of shards, sample by sample.
+
+    Raises:
+        DatasetError: a shard or the index is damaged.
+    """
+    dataset = ShardDataset(folder)
+    report = Report(samples=len(dataset))
+
+    def look(index: int) -> int | SampleError:
+        try:
+            record, pictures = dataset.read_record(index), dataset.read_pictures(index)
+            check_conversation(record, len(pictures))
+            for picture in pictures:
+                open_rgb(picture)
+            if check is not None:
+                check.check(record["conversations"], len(pictures))
+            return len(pictures)
+        except SampleError as error:
+            return error
+
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        for index, result in enumerate(_in_order(pool, look, ((index,) for index in range(len(dataset))), 8 * threads)):
+            if isinstance(result, SampleError):
+                report.add(dataset.name(index), result.reason)
+            else:
+                report.pictures += result
+            if progress is not None:
+                progress(1)
+    return report
+
+
+def template_names() -> list[str]:
+    """Templates a conversation can be checked with."""
+    return list(TEMPLATES)

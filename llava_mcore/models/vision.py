@@ -1,0 +1,73 @@
+"""The CLIP vision tower (Radford et al., 2021) on Megatron-Core's ``TransformerBlock``.
+
+Shape suffixes: N pictures, C channels, h w picture size, P patches, K positions (P plus the class token), H width of the tower.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlock
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from llava_mcore.models.layers import Norm, block_spec
+from llava_mcore.settings.schema import VisionSettings
+
+
+class PatchEmbedding(nn.Module):
+    """Cuts a picture into patches and projects each. A linear over flattened patches is the convolution of the published
+    models with kernel and stride of one patch, and faster.
+
+    Its weight is [H, C*p*p], the convolution's [H, C, p, p] flattened.
+    """
+
+    def __init__(self, vision: VisionSettings, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.patch_size = vision.patch_size
+        self.weight = nn.Parameter(torch.empty(vision.hidden_size, 3 * vision.patch_size**2, dtype=dtype))
+
+    def forward(self, pixels_NChw: Tensor) -> Tensor:
+        """[N, C, h, w] to [N, P, H], patches in raster order."""
+        n, c, h, w = pixels_NChw.shape
+        p = self.patch_size
+        patches = pixels_NChw.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.reshape(n, (h // p) * (w // p), c * p * p), self.weight)
+
+
+class VisionTower(MegatronModule):
+    """Pictures to features of the selected layer.
+
+    Only the layers up to the selected hidden state are built. The embeddings and the first norm are replicated over the
+    tensor-parallel ranks, the layers are split.
+
+    Args:
+        config: Megatron-Core's configuration (``models.config.tower_config``).
+        vision: sizes and the selected layer and feature.
+        groups: tensor-parallel group of the tower.
+    """
+
+    def __init__(self, config: TransformerConfig, vision: VisionSettings, groups: ProcessGroupCollection) -> None:
+        super().__init__(config)
+        self.tp_group = groups.tp  # Megatron-Core shards the checkpoint of this module by it
+        self.keep_class_token = vision.select_feature == "cls_patch"
+        num_positions = (vision.image_size // vision.patch_size) ** 2 + 1
+        self.patch_embedding = PatchEmbedding(vision, config.params_dtype)
+        self.class_embedding = nn.Parameter(torch.empty(vision.hidden_size, dtype=config.params_dtype))
+        self.position_embedding = nn.Parameter(torch.empty(num_positions, vision.hidden_size, dtype=config.params_dtype))
+        self.pre_layernorm = Norm(config, vision.hidden_size, vision.norm_eps)
+        self.encoder = TransformerBlock(
+            config, block_spec(AttnMaskType.no_mask, config.num_layers), post_layer_norm=False, pg_collection=groups
+        )
+
+    def forward(self, pixels_NChw: Tensor) -> Tensor:
+        """Pixels [N, 3, h, w] to features [N, P or K, H]."""
+        patches_NPH = self.patch_embedding(pixels_NChw.to(self.patch_embedding.weight.dtype))
+        class_N1H = self.class_embedding.expand(patches_NPH.shape[0], 1, -1)
+        hidden_NKH = self.pre_layernorm(torch.cat([class_N1H, patches_NPH], dim=1) + self.position_embedding)
+        hidden_KNH = self.encoder(hidden_NKH.transpose(0, 1).contiguous(), attention_mask=None)
+        hidden_NKH = hidden_KNH.transpose(0, 1)
+        return hidden_NKH if self.keep_class_token else hidden_NKH[:, 1:]

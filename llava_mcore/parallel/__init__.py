@@ -1,0 +1,1 @@
+"""How the processes divide the work: groups are built once here and passed to everyone who needs them."""

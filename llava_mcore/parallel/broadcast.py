@@ -1,0 +1,69 @@
+"""One rank of a model replica reads the data; the others get what they need from it.
+
+So a picture is decoded once a replica, and an error in the data stops every rank with the same message instead of leaving the
+others waiting in a collective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llava_mcore.parallel.groups import Groups
+
+T = TypeVar("T")
+
+
+def from_first(value: T | None, group: dist.ProcessGroup) -> T:
+    """A picklable value of the group's first rank, on all of its ranks."""
+    box = [value]
+    dist.broadcast_object_list(box, group=group, group_src=0)
+    return box[0]  # type: ignore[return-value]
+
+
+def share_steps(steps: Iterator[Any] | None, groups: Groups, device: torch.device) -> Iterator[Any]:
+    """Iterates over the steps that the replica's first rank reads, on all of its ranks.
+
+    Pixels go to the first pipeline stage only; elsewhere ``pixel_values_NCHW`` is an empty tensor.
+
+    Args:
+        steps: the loader's iterator on the first rank of the replica, None elsewhere.
+        groups: process groups.
+        device: where pixels are received.
+
+    Raises:
+        whatever the loader raised, on every rank.
+    """
+    while True:
+        kind, payload, pixels = _next(steps) if steps is not None else ("", None, [])
+        shapes = [tensor.shape for tensor in pixels]
+        kind, payload, shapes = from_first((kind, payload, shapes), groups.replica)
+        if kind == "end":
+            return
+        if kind == "error":
+            raise payload
+        if groups.is_first_stage:
+            for number, (batch, shape) in enumerate(zip(payload.batches, shapes, strict=True)):
+                here = pixels[number].to(device) if steps is not None else torch.empty(shape, device=device)
+                if groups.tp.size() > 1:
+                    dist.broadcast(here, group=groups.tp, group_src=0)
+                batch.pixel_values_NCHW = here
+        yield payload
+
+
+def _next(steps: Iterator[Any]) -> tuple[str, Any, list[Tensor]]:
+    """The next step without its pixels, and the pixels (float32) of each of its batches."""
+    try:
+        step = next(steps)
+    except StopIteration:
+        return "end", None, []
+    except Exception as error:
+        return "error", error, []
+    pixels = [batch.pixel_values_NCHW for batch in step.batches]
+    for batch in step.batches:
+        batch.pixel_values_NCHW = batch.pixel_values_NCHW[:0]
+    return "step", step, pixels

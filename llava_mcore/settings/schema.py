@@ -1,0 +1,293 @@
+"""Everything that can be set, as pydantic dataclasses. The field descriptions are the help text.
+
+No torch here: settings are composed, checked and printed before anything heavy is imported.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.dataclasses import dataclass
+
+from llava_mcore.geometry import num_image_embeddings, round_up
+
+STRICT = ConfigDict(extra="forbid", strict=False, validate_default=True)
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+# The vocabulary is padded to this multiple and not to the tensor-parallel size, so that a checkpoint does not depend on the
+# layout it was saved from. Padded rows never take part in the softmax.
+VOCAB_MULTIPLE = 64
+
+
+def _fail_on(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+@dataclass(config=STRICT, kw_only=True)
+class VisionSettings:
+    """The vision tower."""
+
+    family: Literal["clip"] = Field("clip", description="tower architecture")
+    image_size: Positive = Field(description="side of the square picture the tower sees, in pixels")
+    patch_size: Positive = Field(description="side of a patch, in pixels")
+    hidden_size: Positive = Field(description="width of the residual stream")
+    ffn_hidden_size: Positive = Field(description="width inside the MLP")
+    num_layers: Positive = Field(description="layers of the published tower, the unused last ones included")
+    num_attention_heads: Positive = Field(description="attention heads")
+    norm_eps: float = Field(1e-5, gt=0, description="epsilon of the layer norms")
+    select_layer: int = Field(-2, description="hidden state handed to the projector; -1 is the last layer's, -2 the one before")
+    select_feature: Literal["patch", "cls_patch"] = Field("patch", description="drop or keep the class token")
+
+    @model_validator(mode="after")
+    def _check(self) -> VisionSettings:
+        problems = []
+        if self.image_size % self.patch_size:
+            problems.append(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        if self.hidden_size % self.num_attention_heads:
+            problems.append(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}")
+        if not -self.num_layers <= self.select_layer <= -1:
+            problems.append(f"select_layer {self.select_layer} must lie between -{self.num_layers} and -1")
+        _fail_on(problems)
+        return self
+
+    @property
+    def used_layers(self) -> int:
+        """Layers that are built: those after the selected hidden state would compute nothing anyone reads."""
+        return self.num_layers + 1 + self.select_layer
+
+    @property
+    def embeddings_per_image(self) -> int:
+        """Decoder embeddings one picture becomes."""
+        return num_image_embeddings(self.image_size, self.patch_size, self.select_feature)
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ProjectorSettings:
+    """From tower features to decoder embeddings."""
+
+    type: Literal["linear", "mlp2x_gelu"] = Field("mlp2x_gelu", description="one linear layer, or two with a GELU between")
+
+
+@dataclass(config=STRICT, kw_only=True)
+class LanguageSettings:
+    """The decoder."""
+
+    family: Literal["llama"] = Field("llama", description="decoder architecture")
+    hidden_size: Positive = Field(description="width of the residual stream")
+    ffn_hidden_size: Positive = Field(description="width inside the gated MLP")
+    num_layers: Positive = Field(description="decoder layers")
+    num_attention_heads: Positive = Field(description="query heads")
+    num_query_groups: Positive | None = Field(None, description="key/value heads (null: as many as query heads)")
+    kv_channels: Positive | None = Field(None, description="width of a head (null: hidden_size / num_attention_heads)")
+    vocab_size: Positive = Field(description="rows of the embedding that have a meaning")
+    max_position_embeddings: Positive = Field(description="longest sample the decoder was made for, in tokens")
+    norm_eps: float = Field(1e-5, gt=0, description="epsilon of the RMS norms")
+    rotary_base: float = Field(10000.0, gt=0, description="base of the rotary position embedding")
+    tie_word_embeddings: bool = Field(False, description="the head uses the embedding's weights")
+
+    @model_validator(mode="after")
+    def _check(self) -> LanguageSettings:
+        problems = []
+        if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
+            problems.append(f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads {self.num_attention_heads}")
+        if self.num_attention_heads % self.query_groups:
+            problems.append(
+                f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}"
+            )
+        if self.head_dim % 2:
+            problems.append(f"heads are {self.head_dim} wide, but a rotary embedding needs an even width")
+        _fail_on(problems)
+        return self
+
+    @property
+    def query_groups(self) -> int:
+        """Key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding as built: a multiple of 64 whatever the layout."""
+        return round_up(self.vocab_size, VOCAB_MULTIPLE)
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ModelSettings:
+    """Vision tower, projector and decoder."""
+
+    vision: VisionSettings
+    projector: ProjectorSettings
+    language: LanguageSettings
+    image_token_id: NonNegative = Field(description="token id written at every place an image embedding will take")
+    init_std: float = Field(0.02, gt=0, description="standard deviation of randomly initialised weights")
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSettings:
+        if self.image_token_id >= self.language.vocab_size:
+            raise ValueError(f"image_token_id {self.image_token_id} is outside the vocabulary of {self.language.vocab_size}")
+        return self
+
+
+@dataclass(config=STRICT, kw_only=True)
+class DataSettings:
+    """What is read, and how it becomes packed streams."""
+
+    path: str | None = Field(None, description="folder of webdataset shards with their index (tools/prepare_data.py shard)")
+    tokenizer: str | None = Field(None, description="folder with tokenizer.json or tokenizer.model, or such a file")
+    template: Literal["plain", "vicuna_v1"] = Field("vicuna_v1", description="how a conversation becomes text and labels")
+    image_mode: Literal["pad", "square"] = Field(
+        "pad", description="pad: to a square with the mean colour, then resize; square: resize the short side, then centre-crop"
+    )
+    image_mean: tuple[float, float, float] = Field((0.48145466, 0.4578275, 0.40821073), description="mean per channel (CLIP's)")
+    image_std: tuple[float, float, float] = Field(
+        (0.26862954, 0.26130258, 0.27577711), description="standard deviation per channel (CLIP's)"
+    )
+    sequence_length: Positive = Field(2048, description="tokens of one packed stream")
+    packing: bool = Field(True, description="several samples in a stream; false: one sample in each")
+    shuffle: bool = Field(True, description="a new order every epoch; false: the order of the shards")
+    max_bad_samples: NonNegative = Field(100, description="unreadable samples that are skipped before the run stops")
+    prefetch: Positive = Field(2, description="steps made ready ahead of the model")
+    decode_threads: Positive = Field(2, description="threads that decode pictures")
+
+
+@dataclass(config=STRICT, kw_only=True)
+class TrainSettings:
+    """Optimisation, checkpoints, logging."""
+
+    seed: NonNegative = Field(1234, description="seed of the weights and of the data order")
+    epochs: float = Field(1.0, gt=0, description="passes over the data, where steps is null")
+    steps: Positive | None = Field(None, description="optimizer steps (null: derived from epochs)")
+    stop_after: Positive | None = Field(
+        None, description="save and end after this step without shortening the schedule (null: run to the end)"
+    )
+    global_batch_size: Positive = Field(128, description="samples of one optimizer step, over all ranks")
+    micro_batch_size: Positive = Field(1, description="streams in one forward pass of one model replica")
+    dtype: Literal["float32", "bfloat16"] = Field("bfloat16", description="type of weights and activations")
+    lr: float = Field(gt=0, description="peak learning rate")
+    module_lr: dict[Literal["vision_tower", "projector", "language_model"], Annotated[float, Field(ge=0)]] = Field(
+        default_factory=dict, description="peak learning rate of single modules, in place of lr"
+    )
+    min_lr_ratio: Fraction = Field(0.0, description="last learning rate as a share of the peak")
+    warmup_ratio: Fraction = Field(0.03, description="share of the steps that warm up linearly from zero")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="learning rate after the warmup")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay (never on biases and norms)")
+    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first moment decay")
+    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second moment decay")
+    adam_eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    clip_grad: float = Field(1.0, ge=0, description="largest global gradient norm; 0 turns clipping off")
+    freeze: list[str] = Field(
+        default_factory=list,
+        description="what is not trained: vision_tower, projector, language_model, or regular expressions over parameter names",
+    )
+    init_from: str | None = Field(
+        None, description="weights to start from, nothing else: a checkpoint of this project or a Hugging Face folder"
+    )
+    output_dir: str = Field("runs/default", description="checkpoints, logs and the composed settings go here")
+    resume: bool = Field(True, description="go on from the newest checkpoint in output_dir, if there is one")
+    save_every: NonNegative = Field(500, description="steps between checkpoints; 0 saves only at the end")
+    keep_checkpoints: NonNegative = Field(2, description="newest checkpoints that are kept; 0 keeps all")
+    log_every: Positive = Field(1, description="steps between console lines")
+    tensorboard: bool = Field(True, description="write TensorBoard events under output_dir")
+    wandb: Literal["disabled", "offline", "online"] = Field("disabled", description="Weights & Biases")
+    wandb_project: str = Field("llava_mcore", description="Weights & Biases project")
+
+
+@dataclass(config=STRICT, kw_only=True)
+class ParallelSettings:
+    """How the model is spread. The data-parallel size is what remains of the world size."""
+
+    tensor: Positive = Field(1, description="tensor-parallel ranks")
+    pipeline: Positive = Field(1, description="pipeline stages")
+    sequence: bool = Field(True, description="sequence parallelism; takes effect where tensor > 1")
+    overlap_grad_reduce: bool = Field(False, description="reduce gradients while the backward pass still runs")
+    overlap_param_gather: bool = Field(False, description="gather updated parameters during the next forward pass")
+    timeout_minutes: float = Field(10.0, gt=0, description="a collective that takes longer ends the run")
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelSettings:
+        if self.overlap_param_gather and not self.overlap_grad_reduce:
+            raise ValueError("overlap_param_gather needs overlap_grad_reduce=true")
+        return self
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether activations between tensor-parallel regions are split along the stream."""
+        return self.sequence and self.tensor > 1
+
+
+@dataclass(config=STRICT, kw_only=True)
+class Settings:
+    """A whole run."""
+
+    model: ModelSettings
+    data: DataSettings
+    train: TrainSettings
+    parallel: ParallelSettings
+
+    @model_validator(mode="after")
+    def _check(self) -> Settings:
+        problems = []
+        image = self.model.vision.embeddings_per_image
+        if image >= self.data.sequence_length:
+            problems.append(
+                f"data.sequence_length {self.data.sequence_length} has no room for one picture of {image} embeddings; "
+                f"set data.sequence_length above {image}"
+            )
+        if self.data.sequence_length > self.model.language.max_position_embeddings:
+            problems.append(
+                f"data.sequence_length {self.data.sequence_length} exceeds "
+                f"model.language.max_position_embeddings {self.model.language.max_position_embeddings}"
+            )
+        _fail_on(problems + layout_problems(self))
+        return self
+
+
+def layout_problems(settings: Settings, world_size: int | None = None) -> list[str]:
+    """Why this model cannot be spread this way, each reason with its fix; an empty list if it can.
+
+    Args:
+        settings: the composed settings.
+        world_size: processes started, where known.
+    """
+    parallel, language, vision = settings.parallel, settings.model.language, settings.model.vision
+    tensor, pipeline = parallel.tensor, parallel.pipeline
+    problems = []
+    for name, count in (
+        ("model.language.num_attention_heads", language.num_attention_heads),
+        ("model.language.num_query_groups", language.query_groups),
+        ("model.language.ffn_hidden_size", language.ffn_hidden_size),
+        ("model.language.hidden_size", language.hidden_size),
+        ("model.vision.num_attention_heads", vision.num_attention_heads),
+        ("model.vision.ffn_hidden_size", vision.ffn_hidden_size),
+        (f"the vocabulary padded to {VOCAB_MULTIPLE}", language.padded_vocab_size),
+    ):
+        if count % tensor:
+            problems.append(f"{name} ({count}) is not divisible by parallel.tensor={tensor}; use a divisor of {count}")
+    if language.num_layers % pipeline:
+        problems.append(
+            f"model.language.num_layers ({language.num_layers}) is not divisible by parallel.pipeline={pipeline}; "
+            f"use a divisor of {language.num_layers}"
+        )
+    stream = settings.data.sequence_length * settings.train.micro_batch_size
+    if parallel.sequence_parallel and stream % tensor:
+        problems.append(
+            f"data.sequence_length x train.micro_batch_size ({stream}) is not divisible by parallel.tensor={tensor}, "
+            f"as sequence parallelism needs; use a multiple or parallel.sequence=false"
+        )
+    if world_size is not None:
+        model_ranks = tensor * pipeline
+        if world_size % model_ranks:
+            problems.append(
+                f"{world_size} processes cannot hold parallel.tensor={tensor} x parallel.pipeline={pipeline} = {model_ranks} "
+                f"ranks a model; start a multiple of {model_ranks} processes or change parallel.tensor or parallel.pipeline"
+            )
+    return problems

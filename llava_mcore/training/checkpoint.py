@@ -1,0 +1,221 @@
+"""Distributed checkpoints: saved from any layout, loaded into any other, published atomically.
+
+A checkpoint is written aside, synced and renamed; then ``latest`` is pointed at it. A kill at any instant leaves the one before.
+What a folder holds is said in ``training.checkpoint_folder``.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from llava_mcore.models.llava import LlavaModel
+from llava_mcore.parallel.groups import Groups
+from llava_mcore.settings import compose
+from llava_mcore.settings.schema import ModelSettings, Settings
+from llava_mcore.training import checkpoint_folder as folder
+from llava_mcore.training.checkpoint_folder import CheckpointError
+
+LATEST = "latest"
+
+
+def sharding_metadata(groups: Groups) -> dict[str, Any]:
+    """How Megatron-Core names and shards what it saves: every layer by its own name, optimizer state reshardable to any layout."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "non_homogeneous_layers": True,
+        "dp_cp_group": groups.mcore.dp_cp,
+    }
+
+
+def model_state(model: LlavaModel, groups: Groups) -> dict[str, Any]:
+    """The sharded weights, without the empty extra states that layers keep for Transformer Engine."""
+    state = model.sharded_state_dict(metadata=sharding_metadata(groups))
+    return {name: shard for name, shard in state.items() if not name.endswith("_extra_state")}
+
+
+def load_model(path: str | Path, model: LlavaModel, groups: Groups) -> None:
+    """Fills ``model`` with the weights of a checkpoint of any layout; collective.
+
+    Raises:
+        CheckpointError: the folder is incomplete or belongs to another model (naming every setting that differs).
+    """
+    path = folder.require_checkpoint(path)
+    require_same_model(path, model.settings)
+    loaded = dist_checkpointing.load({"model": model_state(model, groups)}, str(path / folder.WEIGHTS))
+    model.load_state_dict(loaded["model"], strict=False)
+
+
+def require_same_model(path: Path, model: ModelSettings) -> None:
+    """Refuses a checkpoint whose tensors cannot be this model's."""
+    theirs, ours = (_flat("model", asdict(settings)) for settings in (folder.read_model_settings(path), model))
+    differing = [
+        f"{name}: {theirs[name]!r} in the checkpoint, {ours[name]!r} here"
+        for name in ours
+        if name != "model.init_std" and theirs[name] != ours[name]
+    ]
+    if differing:
+        raise CheckpointError(f"{path} is a checkpoint of another model: " + "; ".join(differing))
+
+
+def _flat(path: str, value: Any) -> dict[str, Any]:
+    """Nested settings as dotted paths."""
+    if not isinstance(value, dict):
+        return {path: value}
+    return {name: leaf for key, inner in value.items() for name, leaf in _flat(f"{path}.{key}", inner).items()}
+
+
+class Checkpointer:
+    """Saves and resumes a run.
+
+    Args:
+        settings: the composed settings; they are stored in every checkpoint and rebuild the run.
+        groups: process groups.
+        is_first: whether this rank writes what is written once.
+    """
+
+    def __init__(self, settings: Settings, groups: Groups, is_first: bool) -> None:
+        self.settings, self.groups, self.is_first = settings, groups, is_first
+        self.root = Path(settings.train.output_dir) / "checkpoints"
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint of the run, or None."""
+        pointer = self.root / LATEST
+        if not pointer.is_file():
+            return None
+        return folder.require_checkpoint(self.root / pointer.read_text(encoding="utf-8").strip())
+
+    def save(
+        self,
+        step: int,
+        model: LlavaModel,
+        optimizer: MegatronOptimizer,
+        data_position: dict[str, Any],
+        write_sidecars: Callable[[Path], None],
+    ) -> Path:
+        """Writes the checkpoint of ``step``; collective. Older ones beyond ``keep_checkpoints`` go afterwards.
+
+        Args:
+            step: optimizer steps done.
+            model: the unwrapped model.
+            optimizer: its optimizer.
+            data_position: where the data stands (of the loader, the same on every rank).
+            write_sidecars: puts the tokenizer and what else travels along into a folder; called on the first rank.
+
+        Raises:
+            CheckpointError: on every rank, if the disk has no room.
+        """
+        final = self.root / f"step_{step:08d}"
+        partial = self.root / f".step_{step:08d}.partial"
+        state = self._state(model, optimizer, is_loading=False)
+        self._require_room(model, optimizer)
+        if self.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+            (partial / folder.WEIGHTS).mkdir(parents=True)
+        dist.barrier()
+        dist_checkpointing.save(
+            state, str(partial / folder.WEIGHTS), content_metadata={**sharding_metadata(self.groups), "dp_cp_group": None}
+        )
+        if self.is_first:
+            write_sidecars(partial)
+            (partial / folder.SETTINGS).write_text(compose.dump_yaml(self.settings), encoding="utf-8")
+            folder.write_meta(
+                partial,
+                step=step,
+                contents=["model", "optimizer"],
+                layout=self._layout(),
+                data_position=data_position,
+                saved_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            )
+            folder.sync(partial)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            self._point_at(final)
+            self._remove_old(final)
+        dist.barrier()
+        return final
+
+    def load(self, path: Path, model: LlavaModel, optimizer: MegatronOptimizer) -> dict[str, Any]:
+        """Takes weights, optimizer state and random state from a checkpoint of this run; collective.
+
+        Returns:
+            the checkpoint's ``meta.json``: step and data position among others.
+        """
+        require_same_model(path, self.settings.model)
+        stored = folder.read_settings(path)["train"]
+        for name in ("freeze", "dtype"):
+            if stored[name] != getattr(self.settings.train, name):
+                raise CheckpointError(
+                    f"{path} was saved with train.{name}={stored[name]}, and the run now has {getattr(self.settings.train, name)}; "
+                    f"set it back, or start a new run with train.init_from={path} and another train.output_dir"
+                )
+        meta = folder.read_meta(path)
+        state = self._state(model, optimizer, is_loading=True)
+        if meta["layout"] != self._layout():
+            del state["random"]  # it belongs to ranks that are not there
+        loaded = dist_checkpointing.load(state, str(path / folder.WEIGHTS))
+        model.load_state_dict(loaded["model"], strict=False)
+        optimizer.load_state_dict(loaded["optimizer"])
+        if "random" in loaded:
+            torch.set_rng_state(loaded["random"]["torch"])
+            get_cuda_rng_tracker().set_states(loaded["random"]["tracker"])
+        return meta
+
+    def _state(self, model: LlavaModel, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
+        weights = model_state(model, self.groups)
+        states = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+        random = ShardedObject("random", states, (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
+        metadata = sharding_metadata(self.groups)
+        return {
+            "model": weights,
+            "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata),
+            "random": random,
+        }
+
+    def _layout(self) -> dict[str, int]:
+        parallel = self.settings.parallel
+        return {"world_size": dist.get_world_size(), "tensor": parallel.tensor, "pipeline": parallel.pipeline}
+
+    def _require_room(self, model: LlavaModel, optimizer: MegatronOptimizer) -> None:
+        """Compares what will be written with what is free, before anything is written."""
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        # Two moments and, for bfloat16 weights, a float32 copy of what is trained.
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        state = trained * (8 if self.settings.train.dtype == "float32" else 12)
+        needed = torch.tensor([float(weights + state)], dtype=torch.float64, device=next(model.parameters()).device)
+        dist.all_reduce(needed, group=self.groups.replica)
+        self.root.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.root).free
+        answer = [free if self.is_first else None]
+        dist.broadcast_object_list(answer, src=0)
+        if needed.item() > answer[0]:
+            raise CheckpointError(
+                f"{self.root}: no room for a checkpoint of {needed.item() / 2**30:.2f} GiB, {answer[0] / 2**30:.2f} GiB are free; "
+                f"make room, or lower train.keep_checkpoints or set another train.output_dir"
+            )
+
+    def _point_at(self, final: Path) -> None:
+        aside = self.root / f".{LATEST}.partial"
+        aside.write_text(final.name + "\n", encoding="utf-8")
+        os.replace(aside, self.root / LATEST)
+        folder.sync(self.root / LATEST)
+
+    def _remove_old(self, newest: Path) -> None:
+        keep = self.settings.train.keep_checkpoints
+        older = sorted(path for path in self.root.glob("step_*") if path.is_dir() and path != newest)
+        for path in older[: max(0, len(older) - (keep - 1))] if keep else []:
+            shutil.rmtree(path)

@@ -1,0 +1,189 @@
+"""Model FLOPs and parameter counts from the settings alone. No torch: the dry run asks here too.
+
+A multiply-add is 2 FLOPs. Only matrix multiplications are counted (norms, activations, rotary and the optimizer are not), only
+real tokens (padding of streams and of the vocabulary is not), and recomputation is not: this is the arithmetic the model needs,
+as MFU is defined in PaLM (Chowdhery et al. 2022, appendix B). With T tokens, h hidden, d head width, q query heads, g key/value
+heads, f MLP width, V vocabulary:
+
+    decoder layer, linear       2 T (h d (2 q + 2 g) + 3 h f)
+    decoder layer, attention    4 q d * sum over samples of L (L + 1) / 2    (each token attends to itself and the sample before it)
+    head                        2 T h V
+    tower, patches              2 P (3 p^2) h          P patches of p x p pixels
+    tower layer, linear         2 (P + 1) (4 h^2 + 2 h f)
+    tower layer, attention      4 h (P + 1)^2          (every token attends to all)
+    projector                   2 E (h_tower h [+ h h])   E embeddings
+
+Backward, each product on its own: the gradient of the weights costs one forward where the module is trained; the gradient of the
+input costs one forward where anything below is trained, so that a frozen decoder above a trained projector costs 2x its forward,
+and a frozen tower at the bottom 1x. Attention multiplies activations only: its backward costs two forwards where a gradient has
+to cross it, frozen or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llava_mcore.geometry import num_patches
+from llava_mcore.settings.schema import ModelSettings, Settings
+
+MODULES = ("vision_tower", "projector", "language_model")
+
+# Dense peaks, without sparsity, as NVIDIA publishes them: (words of torch's device name, tried in this order) -> FLOP/s per type.
+# float32 is the rate outside the tensor cores, as torch multiplies by default (TF32 off).
+_PEAKS = (
+    ("B200", {"bfloat16": 2250e12, "float32": 75e12}),
+    ("GH200", {"bfloat16": 989e12, "float32": 67e12}),
+    ("H200 NVL", {"bfloat16": 835e12, "float32": 60e12}),
+    ("H200", {"bfloat16": 989e12, "float32": 67e12}),
+    ("H100 NVL", {"bfloat16": 835e12, "float32": 60e12}),
+    ("H100 PCIe", {"bfloat16": 756e12, "float32": 51e12}),
+    ("H100", {"bfloat16": 989e12, "float32": 67e12}),
+    ("H800", {"bfloat16": 989e12, "float32": 67e12}),
+    ("A100", {"bfloat16": 312e12, "float32": 19.5e12}),
+    ("A800", {"bfloat16": 312e12, "float32": 19.5e12}),
+    ("L40S", {"bfloat16": 362e12, "float32": 91.6e12}),
+    ("A10", {"bfloat16": 125e12, "float32": 31.2e12}),
+    ("L4", {"bfloat16": 121e12, "float32": 30.3e12}),
+)
+
+
+def peak_flops(device_name: str, dtype: str) -> float | None:
+    """Dense peak FLOP/s of one device, or None where it isn't known (a CPU, a part not in the table).
+
+    Args:
+        device_name: as ``torch.cuda.get_device_name`` gives it, for instance ``NVIDIA H100 80GB HBM3``.
+        dtype: ``bfloat16`` or ``float32``.
+    """
+    words = device_name.upper().replace("-", " ").split()
+    for part, peaks in _PEAKS:
+        wanted = part.upper().split()
+        if any(words[start : start + len(wanted)] == wanted for start in range(len(words))):
+            return peaks.get(dtype)
+    return None
+
+
+def trained_modules(settings: Settings) -> frozenset[str]:
+    """The modules that learn. Only whole modules in ``train.freeze`` count as frozen, not expressions over parameter names."""
+    return frozenset(MODULES) - set(settings.train.freeze)
+
+
+@dataclass(frozen=True)
+class _Product:
+    """Matrix multiplications that share a fate in the backward pass."""
+
+    module: str
+    forward: int
+    has_weights: bool
+    below: tuple[str, ...]
+    """Modules with weights under its input: if one of them is trained, a gradient has to cross."""
+
+
+class FlopsCounter:
+    """Model FLOPs of a step, forward and backward, over all ranks.
+
+    >>> FlopsCounter(settings).step(sample_lengths=[650, 700], pictures=2)
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._model = settings.model
+        self._trained = trained_modules(settings)
+
+    def step(self, sample_lengths: Sequence[int], pictures: int) -> int:
+        """FLOPs of one step.
+
+        Args:
+            sample_lengths: tokens of every sample, image embeddings included, padding not.
+            pictures: pictures of all samples.
+        """
+        return sum(self.breakdown(sample_lengths, pictures).values())
+
+    def breakdown(self, sample_lengths: Sequence[int], pictures: int) -> dict[str, int]:
+        """FLOPs of one step by module: ``vision_tower``, ``projector``, ``language_model`` (its head included)."""
+        return self._count(sample_lengths, pictures, backward=True)
+
+    def forward(self, sample_lengths: Sequence[int], pictures: int) -> dict[str, int]:
+        """FLOPs of the forward pass alone, by module."""
+        return self._count(sample_lengths, pictures, backward=False)
+
+    def _count(self, sample_lengths: Sequence[int], pictures: int, backward: bool) -> dict[str, int]:
+        totals = dict.fromkeys(MODULES, 0)
+        for product in [*self._vision(pictures), *self._language(sample_lengths)]:
+            times = 1
+            if backward:
+                crossed = any(module in self._trained for module in product.below)
+                trained = product.module in self._trained
+                times += trained + crossed if product.has_weights else 2 * crossed
+            totals[product.module] += times * product.forward
+        return totals
+
+    def _vision(self, pictures: int) -> list[_Product]:
+        vision, decoder_width = self._model.vision, self._model.language.hidden_size
+        width, patches, layers = vision.hidden_size, num_patches(vision.image_size, vision.patch_size), vision.used_layers
+        embeddings, tokens = pictures * vision.embeddings_per_image, patches + 1
+        linear = 2 * tokens * (4 * width**2 + 2 * width * vision.ffn_hidden_size)
+        tower = ("vision_tower",)
+        products = [
+            _Product("vision_tower", pictures * 2 * patches * 3 * vision.patch_size**2 * width, True, ()),
+            _Product("vision_tower", pictures * layers * linear, True, tower),
+            _Product("vision_tower", pictures * layers * 4 * width * tokens**2, False, tower),
+            _Product("projector", 2 * embeddings * width * decoder_width, True, tower),
+        ]
+        if self._model.projector.type == "mlp2x_gelu":
+            products.append(_Product("projector", 2 * embeddings * decoder_width**2, True, (*tower, "projector")))
+        return products
+
+    def _language(self, sample_lengths: Sequence[int]) -> list[_Product]:
+        language = self._model.language
+        width, queries, groups = language.hidden_size, language.num_attention_heads, language.query_groups
+        tokens = sum(sample_lengths)
+        pairs = sum(length * (length + 1) // 2 for length in sample_lengths)
+        linear = width * language.head_dim * (2 * queries + 2 * groups) + 3 * width * language.ffn_hidden_size
+        return [
+            _Product("language_model", 2 * tokens * language.num_layers * linear, True, MODULES),
+            _Product("language_model", 4 * queries * language.head_dim * language.num_layers * pairs, False, MODULES),
+            _Product("language_model", 2 * tokens * width * language.vocab_size, True, MODULES),
+        ]
+
+
+def parameter_counts(model: ModelSettings, padded: bool = False) -> dict[str, int]:
+    """Parameters by module, as the published checkpoints have them less what is never computed.
+
+    The layers above ``select_layer`` and the last layer norm of the tower are not built, so they are not counted.
+
+    Args:
+        model: the model's settings.
+        padded: count the embedding and the head with the rows that pad the vocabulary, as they lie in memory.
+    """
+    vision, language = model.vision, model.language
+    tower = vision_embedding_parameters(model) + vision.used_layers * sum(vision_layer_parameters(model))
+    projector = language.hidden_size * (vision.hidden_size + 1)
+    if model.projector.type == "mlp2x_gelu":
+        projector += language.hidden_size * (language.hidden_size + 1)
+    rows = language.padded_vocab_size if padded else language.vocab_size
+    matrices = 1 if language.tie_word_embeddings else 2
+    layers = language.num_layers * sum(language_layer_parameters(model))
+    decoder = layers + language.hidden_size + matrices * rows * language.hidden_size
+    return {"vision_tower": tower, "projector": projector, "language_model": decoder}
+
+
+def vision_embedding_parameters(model: ModelSettings) -> int:
+    """Patches, class token, positions and the layer norm before the first layer."""
+    vision = model.vision
+    tokens = num_patches(vision.image_size, vision.patch_size) + 1
+    return vision.hidden_size * (3 * vision.patch_size**2 + 1 + tokens + 2)
+
+
+def vision_layer_parameters(model: ModelSettings) -> tuple[int, int]:
+    """One tower layer's parameters: (those tensor parallelism splits, those every rank keeps)."""
+    width, ffn = model.vision.hidden_size, model.vision.ffn_hidden_size
+    split = 4 * width**2 + 3 * width + 2 * width * ffn + ffn
+    whole = width + width + 4 * width  # biases of the two row-parallel layers, two layer norms
+    return split, whole
+
+
+def language_layer_parameters(model: ModelSettings) -> tuple[int, int]:
+    """One decoder layer's parameters: (those tensor parallelism splits, those every rank keeps)."""
+    language = model.language
+    heads = 2 * language.num_attention_heads + 2 * language.query_groups
+    return language.hidden_size * (language.head_dim * heads + 3 * language.ffn_hidden_size), 2 * language.hidden_size

@@ -1,0 +1,158 @@
+"""What is trained and how fast: freezing, learning rates by module, AdamW over the distributed optimizer, the schedule."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer.optimizer_config import OptimizerConfig, ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
+from torch import nn
+
+from llava_mcore.models.config import DTYPES
+from llava_mcore.models.llava import LlavaModel
+from llava_mcore.parallel.groups import Groups
+from llava_mcore.settings.compose import SettingsError
+from llava_mcore.settings.derive import Derived
+from llava_mcore.settings.schema import ParallelSettings, TrainSettings
+
+MODULES = ("vision_tower", "projector", "language_model")
+
+
+def global_parameters(model: LlavaModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters of this rank under the names they have in the whole model, as one process would see them.
+
+    A pipeline stage numbers its layers from zero; here they have their place in the whole decoder. A tied head on the last
+    stage goes by the name of the embedding it is a copy of.
+    """
+    layers = model.language_model.decoder.layers
+    first = layers[0].layer_number - 1 if len(layers) else 0
+    for name, parameter in model.named_parameters():
+        name = re.sub(r"(?<=language_model\.decoder\.layers\.)\d+", lambda number: str(int(number[0]) + first), name)
+        if model.share_embeddings_and_output_weights and name == "language_model.output_layer.weight":
+            name = "language_model.embedding.word_embeddings.weight"
+        yield name, parameter
+
+
+def freeze(model: LlavaModel, patterns: list[str], groups: Groups) -> None:
+    """Turns gradients off for what ``patterns`` name; collective over the ranks of a model replica.
+
+    Args:
+        model: the part of the model this rank holds.
+        patterns: module names (``vision_tower``, ``projector``, ``language_model``) or regular expressions that are searched in
+            the global parameter names.
+        groups: process groups.
+
+    Raises:
+        SettingsError: for a pattern that is no regular expression or matches nothing anywhere, and if nothing is left to train.
+    """
+    try:
+        expressions = {pattern: re.compile(rf"^{pattern}\." if pattern in MODULES else pattern) for pattern in patterns}
+    except re.error as error:
+        raise SettingsError([f"train.freeze: {error.pattern!r} is not a regular expression: {error}"]) from error
+    matched: set[str] = set()
+    trained = 0
+    names = []
+    for name, parameter in global_parameters(model):
+        hits = {pattern for pattern, expression in expressions.items() if expression.search(name)}
+        parameter.requires_grad_(not hits)
+        matched |= hits
+        trained += not hits
+        names.append(name)
+    everywhere: list[tuple[set[str], int, list[str]]] = [None] * groups.replica.size()  # type: ignore[list-item]
+    dist.all_gather_object(everywhere, (matched, trained, names), group=groups.replica)
+    unmatched = set(patterns).difference(*(found for found, _, _ in everywhere))
+    if unmatched:
+        example = everywhere[0][2][0]
+        raise SettingsError(
+            f"train.freeze: {pattern!r} matches no parameter; use {', '.join(MODULES)} or a regular expression over names such "
+            f"as {example}"
+            for pattern in sorted(unmatched)
+        )
+    if not sum(count for _, count, _ in everywhere):
+        raise SettingsError([f"train.freeze={patterns} leaves nothing to train"])
+
+
+def distribute(model: LlavaModel, train: TrainSettings, parallel: ParallelSettings, groups: Groups) -> DistributedDataParallel:
+    """Wraps the model for data parallelism; frozen parameters get no gradient buffer."""
+    return DistributedDataParallel(
+        model.config,
+        DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            overlap_grad_reduce=parallel.overlap_grad_reduce,
+            overlap_param_gather=parallel.overlap_param_gather,
+            use_distributed_optimizer=True,
+        ),
+        model,
+        pg_collection=groups.mcore,
+    )
+
+
+def build_optimizer(
+    model: DistributedDataParallel, train: TrainSettings, parallel: ParallelSettings, derived: Derived, groups: Groups
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """AdamW and its schedule: linear warmup from zero to the peak, then cosine, linear or constant."""
+    lowest = train.min_lr_ratio
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=train.lr,
+        min_lr=train.lr * lowest,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_eps=train.adam_eps,
+        clip_grad=train.clip_grad,
+        bf16=train.dtype == "bfloat16",
+        params_dtype=DTYPES[train.dtype],
+        use_distributed_optimizer=True,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    undecayed = ParamWithNamePredicate("bias_or_norm", lambda parameter, name: parameter.dim() == 1 or name.endswith(".bias"))
+    overrides = {ParamKey(with_name_predicate=undecayed): {"wd_mult": 0.0}}
+    for module, lr in train.module_lr.items():
+        overrides[ParamKey(name=f"module.{module}.*")] = {"max_lr": lr, "min_lr": lr * lowest}
+    optimizer = get_megatron_optimizer(config, [model], overrides, use_gloo_process_groups=False, pg_collection=groups.mcore)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=train.lr,
+        min_lr=train.lr * lowest,
+        # Megatron-Core wants at least one step after the warmup.
+        lr_warmup_steps=min(derived.warmup_steps, derived.steps - 1),
+        lr_decay_steps=derived.steps,
+        lr_decay_style=train.schedule,
+        start_wd=train.weight_decay,
+        end_wd=train.weight_decay,
+        wd_incr_steps=derived.steps,
+        wd_incr_style="constant",
+    )
+    return optimizer, scheduler
+
+
+def learning_rates(optimizer: MegatronOptimizer, train: TrainSettings) -> float | dict[str, float]:
+    """The learning rate of the coming step, or one for each module where they differ."""
+    by_peak = {group["max_lr"]: group["lr"] for group in optimizer.param_groups}
+    if not train.module_lr:
+        return by_peak.get(train.lr, next(iter(by_peak.values()), 0.0))
+    peaks = {module: train.module_lr.get(module, train.lr) for module in MODULES}
+    return {module: by_peak[peak] for module, peak in peaks.items() if peak in by_peak}
+
+
+def trained_parameters(model: LlavaModel, groups: Groups) -> tuple[int, int]:
+    """Parameters of the whole model that are trained, and all of them, each counted once; collective over a model replica."""
+    own = [
+        parameter
+        for parameter in model.parameters()
+        if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, groups.tp)
+    ]
+    counts = torch.tensor([sum(p.numel() for p in own if p.requires_grad), sum(p.numel() for p in own)])
+    everywhere: list[torch.Tensor] = [None] * groups.replica.size()  # type: ignore[list-item]
+    dist.all_gather_object(everywhere, counts, group=groups.replica)
+    trained, total = torch.stack(everywhere).sum(dim=0).tolist()
+    return trained, total
