@@ -1,9 +1,11 @@
 # For clusters with NVIDIA GPUs: PyTorch, NCCL, Transformer Engine, flash-attn and DALI come with NVIDIA's image and are left as they are.
-# Not built where this was written (no Docker, no GPU): take it as a start, and another tag as your driver needs it.
+# Not built where this was written (no Docker there): take it as a start. 25.12 has CUDA 13.1 and a PyTorch 2.10 of NVIDIA's own; setup.py
+# asks for 2.11, which is what was tested, so take a newer tag where there is one: --build-arg TAG=YY.MM-py3.
 #
 #   docker build -t llava_mcore .
 #   docker run --rm -it --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 -v /data:/data llava_mcore
-FROM nvcr.io/nvidia/pytorch:25.06-py3
+ARG TAG=25.12-py3
+FROM nvcr.io/nvidia/pytorch:${TAG}
 
 WORKDIR /workspace/llava_mcore
 COPY . .

@@ -9,7 +9,7 @@ with open("llava_mcore/__init__.py", encoding="utf-8") as source:
 setup(
     name="llava_mcore",
     version=version["__version__"],
-    description="LLaVA-style vision-language models on Megatron-Core: the same code and the same numbers on a CPU and on a cluster",
+    description="LLaVA-style vision-language models on Megatron-Core, with the same numbers on a CPU and on a cluster",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 from llava_mcore.settings import cli
+from llava_mcore.settings.schema import Settings
 
 # setting, what it is, how one comes by it
 NEEDED = (
@@ -16,27 +16,30 @@ NEEDED = (
 )
 
 
-def problems(settings: object) -> list[str]:
+def problems(settings: Settings) -> list[str]:
     """One line for each path that is not set or not there."""
     found = []
     for name, what, how in NEEDED:
-        value = settings
-        for part in name.split("."):
-            value = getattr(value, part)
+        group, key = name.split(".")
+        value = getattr(getattr(settings, group), key)
         if value is None:
             found.append(f"{name} is not set: give {what} with {name}=PATH ({how})")
-        elif not Path(str(value)).exists():
+        elif not Path(value).exists():
             found.append(f"{name}={value}: no such file or folder, seen from {Path.cwd()} ({what}: {how})")
     return found
 
 
+def check() -> list[str]:
+    """What to say about the command line: nothing if all is well. A bad setting leaves the process, having said so."""
+    return problems(cli.parse(sys.argv[1:], "check_paths.py", __doc__ or "").settings)
+
+
 def main() -> int:
-    """Exit code 2 and every problem on stderr, once and not once a rank."""
-    command = cli.parse(sys.argv[1:], "check_paths.py", __doc__ or "")
-    found = problems(command.settings)
-    if found and os.environ.get("RANK", "0") == "0":
-        print("\n".join(found), file=sys.stderr)
-    return 2 if found else 0
+    """Exit code 2 and every problem on stderr, said once and not once a rank."""
+    found = check()
+    if found:
+        cli.stop("\n  ".join(["paths are missing", *found]), "check_paths.py")
+    return 0
 
 
 if __name__ == "__main__":

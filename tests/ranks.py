@@ -1,5 +1,7 @@
-"""Runs functions on several ranks. Ranks are started once for each world size and kept, as importing torch and Megatron-Core takes
-seconds; each case builds and destroys its own groups in them.
+"""Runs functions on several ranks.
+
+Ranks are started once for each world size and kept, as importing torch and Megatron-Core takes seconds; each case builds and
+destroys its own groups in them.
 
     results = ranks(4).run(function, argument, ...)      # a list, one result a rank; an exception on any rank fails the test
 

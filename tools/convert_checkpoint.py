@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from llava_mcore.conversion import convert
+    from llava_mcore.conversion.verify import Report
 
     if arguments.command == "inspect":
         print(yaml.safe_dump(convert.inspect(arguments.path), sort_keys=False), end="")
@@ -55,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.command != "verify" and arguments.dry_run:
         print(convert.describe(arguments.source))
         return 0
+    report: Report | None
     with tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc=arguments.command) as bar:
         if arguments.command == "verify":
             report = convert.compare_paths(arguments.one, arguments.other, progress=bar.update)

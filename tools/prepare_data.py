@@ -76,7 +76,7 @@ def run_shard(arguments: argparse.Namespace) -> int:
         )
     for problem in report.problems:
         print(f"left out: {problem}")
-    print(f"{arguments.output}: {report.samples} samples, {report.pictures} pictures, {len(report.problems)} bad samples left out")
+    print(f"{arguments.output}: {report.samples} samples, {report.pictures} pictures, {len(report.problems)} bad left out")
     return 0
 
 

@@ -1,9 +1,10 @@
 """Asks the exported model the held-out questions through transformers, and compares with the answers given before the export.
 
-    python examples/quickstart/compare_transformers.py runs/quickstart/huggingface runs/quickstart/shards/heldout runs/quickstart/eval-phase2.json
+    cd runs/quickstart
+    python ../../examples/quickstart/compare_transformers.py huggingface shards/heldout eval-phase2.json
 
-Weights, picture preprocessing and tokenizer come from the exported folder alone. Only the prompt is built by this project, because
-a Hugging Face folder knows no conversation template. Ends with exit code 1 if a single answer differs.
+Weights, picture preprocessing and tokenizer come from the exported folder alone. Only the prompt is built by this project,
+because a Hugging Face folder knows no conversation template. Ends with exit code 1 if a single answer differs.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -27,14 +29,15 @@ from llava_mcore.data.tokenizer import load_tokenizer
 from llava_mcore.geometry import num_image_embeddings
 
 BATCH = 64
+Prompts = dict[str, tuple[np.ndarray, list[bytes]]]  # token ids and pictures, by key
 
 
-def prompts(dataset: ShardDataset, keys: set[str], folder: Path, config: LlavaConfig, template: str) -> dict[str, tuple]:
-    """Token ids and pictures of every question that was answered, by key."""
+def prompts(dataset: ShardDataset, keys: set[str], folder: Path, config: LlavaConfig, template: str) -> Prompts:
+    """Every question that was answered."""
     tokenizer = load_tokenizer(folder)
     feature = "cls_patch" if config.vision_feature_select_strategy == "full" else "patch"
     each = num_image_embeddings(config.vision_config.image_size, config.vision_config.patch_size, feature)
-    found = {}
+    found: Prompts = {}
     for index in range(len(dataset)):
         if dataset.key(index) in keys:
             sample = dataset.read(index)
@@ -63,19 +66,19 @@ def generate(folder: Path, dataset: ShardDataset, keys: set[str], template: str,
     batches = [group[start : start + BATCH] for group in by_length.values() for start in range(0, len(group), BATCH)]
     answers = {}
     for batch in tqdm(batches, desc="transformers", unit="batch"):
-        ids = torch.stack([torch.from_numpy(questions[key][0]) for key in batch])
-        pictures = [Image.open(io.BytesIO(data)).convert("RGB") for key in batch for data in questions[key][1]]
-        pixels = processor(pictures, return_tensors="pt")["pixel_values"] if pictures else None
+        inputs = torch.stack([torch.from_numpy(questions[key][0]) for key in batch])
+        images = [Image.open(io.BytesIO(data)).convert("RGB") for key in batch for data in questions[key][1]]
+        pixels = processor(images, return_tensors="pt")["pixel_values"] if images else None
         output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
             pixel_values=pixels,
             do_sample=False,
             max_new_tokens=max_new_tokens,
             eos_token_id=tokenizer.eos_id,
             pad_token_id=tokenizer.eos_id,
         )
-        for key, row in zip(batch, output[:, ids.shape[1] :].tolist(), strict=True):
+        for key, row in zip(batch, output[:, inputs.shape[1] :].tolist(), strict=True):
             end = row.index(tokenizer.eos_id) if tokenizer.eos_id in row else len(row)
             answers[key] = tokenizer.decode(row[:end]).strip()
     return answers
@@ -95,8 +98,8 @@ def main() -> int:
     ours = {entry["key"]: entry for entry in json.loads(arguments.answers.read_text(encoding="utf-8"))["answers"]}
     dataset = ShardDataset(arguments.shards)
     theirs = generate(arguments.folder, dataset, set(ours), arguments.template, arguments.max_new_tokens)
-    if not ours or (missing := ours.keys() - theirs.keys()):
-        print(f"{arguments.answers}: {f'{len(missing)} answers are' if ours else 'nothing is'} about samples of {arguments.shards}")
+    if not ours or ours.keys() - theirs.keys():
+        print(f"{arguments.answers}: only {len(theirs)} of {len(ours)} answers are about samples of {arguments.shards}")
         return 1
     different = sorted(key for key in ours if ours[key]["answer"].strip() != theirs[key])
     for key in different[:10]:

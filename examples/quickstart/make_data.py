@@ -128,7 +128,11 @@ def make(output: Path) -> dict[str, int]:
     for name, records in (("train", train), ("heldout", held_out)):
         (output / f"{name}.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     train_tokenizer(train, output / "tokenizer")
-    return {"pictures": len({sample.picture for sample in samples}), "training samples": len(train), "held-out samples": len(held_out)}
+    return {
+        "pictures": len({sample.picture for sample in samples}),
+        "training samples": len(train),
+        "held-out samples": len(held_out),
+    }
 
 
 def main() -> None:

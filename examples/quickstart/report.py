@@ -76,7 +76,11 @@ def text(run: Path, seconds: float | None) -> str:
     """The table, the comparison with transformers, and where everything lies."""
     lines = table(run)
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    out = ["  ".join(cell.rjust(width) if n else cell.ljust(width) for n, (cell, width) in enumerate(zip(line, widths))) for line in lines]
+    out = []
+    for first, *others in lines:
+        out.append(
+            "  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))])
+        )
     out.insert(1, "-" * len(out[0]))
     comparison = json.loads((run / "transformers.json").read_text(encoding="utf-8"))
     out += ["", f"transformers gives {comparison['same']} of {comparison['count']} answers as this project does."]

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.utils._device
 
 from llava_mcore.conversion import fusions, hf_config, views
 from llava_mcore.conversion.families import DEFAULT_NAMING, ConversionError, Tensor, plan
@@ -66,7 +67,7 @@ def import_hf(
     with _alone(), closing(HuggingFaceView(source)) as view, _writing(out, view, target, overwrite) as partial:
         save_distributed(partial / folder.WEIGHTS, _joined(view, target, progress))
         folder.write_model_settings(partial, view.settings)
-        _write_sidecars(view, partial, target, progress)
+        _sidecars(view, partial, target, progress)
         folder.write_meta(partial, step=0, contents=["model"], imported_from=str(Path(source).resolve()))
         if not verify:
             return None
@@ -153,6 +154,12 @@ def load_hf_into(sharded_state_dict: dict[str, Any], source: str | Path) -> None
                         f"{source}: {entry.ours} has shape {list(entry.shape)}, the model's has {list(shard.global_shape)}"
                     )
                 shard.data.copy_(whole[shard.global_slice()].reshape(shard.data.shape))
+
+
+def write_sidecars(source: str | Path, checkpoint: Path) -> None:
+    """Puts tokenizer/ and hf/ of a Hugging Face folder into a checkpoint whose weights come from it."""
+    with closing(HuggingFaceView(source)) as view:
+        _sidecars(view, checkpoint, None, nothing)
 
 
 def describe(path: str | Path) -> str:
@@ -259,7 +266,7 @@ def _joined(view: HuggingFaceView, target: torch.dtype | None, progress: Progres
         yield entry.ours, cast(whole, target)
 
 
-def _write_sidecars(view: HuggingFaceView, partial: Path, target: torch.dtype | None, progress: Progress) -> None:
+def _sidecars(view: HuggingFaceView, partial: Path, target: torch.dtype | None, progress: Progress) -> None:
     """tokenizer/ and hf/: the source's files, its unused tensors, and how it named its tensors."""
     _copy(view.path, partial / folder.TOKENIZER, views.TOKENIZER_FILES)
     hf = partial / folder.HF

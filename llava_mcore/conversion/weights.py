@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint.api import CheckpointException
 
 from llava_mcore.conversion.families import OUR_PREFIXES, ConversionError
 
@@ -216,6 +217,12 @@ def write_folder(
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def _last_line(error: BaseException) -> str:
+    """What went wrong, without the traceback that torch puts into the messages of its checkpoint errors."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if len(lines) > 1 else f"{type(error).__name__}: {error}"
+
+
 class DistributedReader:
     """The model's tensors of a distributed checkpoint. Those of the optimizer are neither listed nor read.
 
@@ -228,8 +235,8 @@ class DistributedReader:
         self.path = Path(folder)
         try:
             stored = dist_checkpointing.load_tensors_metadata(str(folder))
-        except Exception as error:  # Megatron-Core and torch raise many kinds for a damaged folder
-            raise ConversionError(f"{folder}: not a readable distributed checkpoint ({type(error).__name__}: {error})") from None
+        except (Exception, CheckpointException) as error:  # many kinds for a damaged folder; torch's is no Exception
+            raise ConversionError(f"{folder}: not a readable distributed checkpoint ({_last_line(error)})") from None
         self.infos = {
             key: Info(tuple(tensor.global_shape), tensor.dtype, str(folder))
             for key, tensor in stored.items()
@@ -247,9 +254,8 @@ class DistributedReader:
             wanted[key] = ShardedTensor.from_rank_offsets(key, torch.empty(info.shape, dtype=info.dtype), replica_id=0)
         try:
             loaded = dist_checkpointing.load(wanted, str(self.path), validate_access_integrity=False)
-        except Exception as error:
-            names = ", ".join(wanted)
-            raise ConversionError(f"{self.path}: cannot read {names[:200]} ({type(error).__name__}: {error})") from None
+        except (Exception, CheckpointException) as error:
+            raise ConversionError(f"{self.path}: cannot read {', '.join(wanted)[:200]} ({_last_line(error)})") from None
         return {key: loaded[key] for key in wanted}
 
     def close(self) -> None:
@@ -270,5 +276,5 @@ def save_distributed(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) 
     # False: both halves of a gated MLP lie under one key, as the trainer's model has them.
     try:
         dist_checkpointing.save(state, str(folder), content_metadata={"singleton_local_shards": False})
-    except Exception as error:  # the writers are processes of their own, which hand over whatever they met
-        raise ConversionError(f"{folder}: cannot be written ({type(error).__name__}: {error}); is the disk full?") from error
+    except (Exception, CheckpointException) as error:  # the writers are processes of their own, which hand over whatever they met
+        raise ConversionError(f"{folder}: cannot be written ({_last_line(error)}); is the disk full?") from error

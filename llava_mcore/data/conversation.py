@@ -37,9 +37,7 @@ class Template:
 
 TEMPLATES = {
     # Captions: the question is thrown away and only its pictures stay. No EOS, as published.
-    "plain": Template(
-        system="", human="", gpt="", between="", end="\n", ends_with_eos=False, keeps_questions=False, max_turns=2
-    ),
+    "plain": Template(system="", human="", gpt="", between="", end="\n", ends_with_eos=False, keeps_questions=False, max_turns=2),
     "vicuna_v1": Template(
         system=(
             "A chat between a curious user and an artificial intelligence assistant. "
@@ -143,25 +141,26 @@ def _tokenize(
     supervised_char = np.repeat([segment.supervised for segment in segments], [len(segment.text) for segment in segments])
     # Differences of this running count tell in one step whether a token's characters are all supervised.
     count = np.concatenate([[0], np.cumsum(supervised_char)])
-    ids: list[int] = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    supervised: list[bool] = [False] * len(ids)
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    picture = np.full(image_tokens_each, image_token_id, dtype=np.int64)
+    ids, supervised = [np.array(bos, dtype=np.int64)], [np.zeros(len(bos), dtype=bool)]
     start = 0
     for number, chunk in enumerate(chunks):
         if number:
-            ids.extend([image_token_id] * image_tokens_each)
-            supervised.extend([False] * image_tokens_each)
+            ids.append(picture)
+            supervised.append(np.zeros(image_tokens_each, dtype=bool))
             start += len(IMAGE)
         if chunk:
             chunk_ids, offsets = tokenizer.encode(chunk)
             if image_token_id in chunk_ids:
                 raise SampleError(f"the text contains token id {image_token_id}, which is kept for pictures")
-            spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2) + start
+            spans = np.array(offsets, dtype=np.int64).reshape(-1, 2) + start
             # A piece without characters of its own (a byte, the leading blank) belongs to the character after it.
             first, last = spans[:, 0], np.maximum(spans[:, 1], np.minimum(spans[:, 0] + 1, start + len(chunk)))
-            supervised.extend((last > first) & (count[last] - count[first] == last - first))
-            ids.extend(chunk_ids)
+            ids.append(np.array(chunk_ids, dtype=np.int64))
+            supervised.append((last > first) & (count[last] - count[first] == last - first))
             start += len(chunk)
-    return np.asarray(ids, dtype=np.int64), np.asarray(supervised, dtype=bool)
+    return np.concatenate(ids), np.concatenate(supervised)
 
 
 def encode_conversation(
@@ -198,7 +197,9 @@ def encode_prompt(
     Answers after the last human turn are left out. Arguments and errors are those of ``encode_conversation``.
     """
     if isinstance(conversations, Sequence) and not isinstance(conversations, str):
-        last = max((n for n, turn in enumerate(conversations) if isinstance(turn, Mapping) and turn.get("from") == "human"), default=-1)
+        last = max(
+            (n for n, turn in enumerate(conversations) if isinstance(turn, Mapping) and turn.get("from") == "human"), default=-1
+        )
         if last < 0:
             raise SampleError("the conversation has no human turn to answer")
         conversations = conversations[: last + 1]

@@ -152,7 +152,8 @@ class StreamLoader:
         ]
         if differing:
             raise DatasetError(
-                "the data position of the checkpoint does not fit: " + "; ".join(differing)
+                "the data position of the checkpoint does not fit: "
+                + "; ".join(differing)
                 + ". Set them back, or start a new run from its weights with train.init_from and another train.output_dir"
             )
 
@@ -271,57 +272,88 @@ class StreamLoader:
 
     def _pixels(self, index: int) -> np.ndarray | str:
         """One sample's pictures [n, 3, S, S], or why there are none."""
-        data = self._data
         try:
-            return np.stack(
-                [
-                    preprocess(open_rgb(picture), data.image_mode, self._vision.image_size, data.image_mean, data.image_std)
-                    for picture in self._dataset.read_pictures(index)
-                ]
-            )
+            return read_pixels(self._dataset, index, self._data, self._vision.image_size)
         except SampleError as error:
             return error.reason
 
-    def _batch(
-        self, streams: Sequence[Stream], samples: Sequence[_Planned], pixels: dict[int, np.ndarray | None]
-    ) -> Batch:
-        """Lays streams end to end."""
-        capacity, side = self._data.sequence_length, self._vision.image_size
-        total = capacity * len(streams)
-        input_ids = np.full(total, PAD_ID, dtype=np.int64)
-        labels = np.full(total, IGNORE, dtype=np.int64)
-        lengths: list[int] = []
-        image_index: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
-        pictures: list[np.ndarray] = [np.empty((0, 3, side, side), dtype=np.float32)]
-        real_tokens = 0
-        for place, stream in enumerate(streams):
-            at = place * capacity
-            for sample in (samples[number] for number in stream):
-                length = len(sample.tokens.input_ids)
-                input_ids[at : at + length] = sample.tokens.input_ids
-                image_index.append(sample.tokens.image_slots + at)
-                seen = pixels[sample.index] if sample.pictures else pictures[0]
-                if seen is None:  # keeps its planned place, and teaches nothing
-                    seen = np.zeros((sample.pictures, 3, side, side), dtype=np.float32)
-                else:
-                    labels[at : at + length] = sample.tokens.labels
-                pictures.append(seen)
-                lengths.append(length)
-                real_tokens += length
-                at += length
-            if at < (place + 1) * capacity:
-                lengths.append((place + 1) * capacity - at)
-        position_ids = np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])
-        return Batch(
-            input_ids_T=torch.from_numpy(input_ids),
-            labels_T=torch.from_numpy(labels),
-            position_ids_T=torch.from_numpy(position_ids),
-            sample_lengths=lengths,
-            image_index_E=torch.from_numpy(np.concatenate(image_index)),
-            pixel_values_NCHW=torch.from_numpy(np.concatenate(pictures)),
-            loss_tokens=int((labels != IGNORE).sum()),
-            real_tokens=real_tokens,
-        )
+    def _batch(self, streams: Sequence[Stream], samples: Sequence[_Planned], pixels: dict[int, np.ndarray | None]) -> Batch:
+        """One micro-batch of planned samples."""
+        side = self._vision.image_size
+
+        def piece(sample: _Planned) -> Piece:
+            tokens, seen = sample.tokens, pixels.get(sample.index)
+            if not sample.pictures:
+                seen = np.empty((0, 3, side, side), dtype=np.float32)
+            if seen is not None:
+                return Piece(tokens.input_ids, tokens.labels, tokens.image_slots, seen)
+            # What cannot be decoded keeps its planned place, and teaches nothing.
+            blank = np.zeros((sample.pictures, 3, side, side), dtype=np.float32)
+            return Piece(tokens.input_ids, np.full_like(tokens.labels, IGNORE), tokens.image_slots, blank)
+
+        return lay_out([[piece(samples[number]) for number in stream] for stream in streams], self._data.sequence_length, side)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One sample ready to be laid into a stream: L tokens, E image embeddings, n pictures."""
+
+    input_ids_L: np.ndarray  # int64
+    labels_L: np.ndarray  # int64, pre-shifted
+    image_slots_E: np.ndarray  # int64, from the start of the sample
+    pixels_nCHW: np.ndarray  # float32
+
+
+def lay_out(streams: Sequence[Sequence[Piece]], capacity: int, image_size: int) -> Batch:
+    """Lays streams of ``capacity`` tokens end to end, each filled with its samples and a padding tail.
+
+    Args:
+        streams: the samples of each stream; they fit.
+        capacity: tokens of a stream.
+        image_size: side of the square pictures, for a batch without any.
+    """
+    input_ids = np.full(capacity * len(streams), PAD_ID, dtype=np.int64)
+    labels = np.full(capacity * len(streams), IGNORE, dtype=np.int64)
+    lengths: list[int] = []
+    image_index: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
+    pictures: list[np.ndarray] = [np.empty((0, 3, image_size, image_size), dtype=np.float32)]
+    real_tokens = 0
+    for place, stream in enumerate(streams):
+        at, end = place * capacity, (place + 1) * capacity
+        for piece in stream:
+            length = len(piece.input_ids_L)
+            input_ids[at : at + length] = piece.input_ids_L
+            labels[at : at + length] = piece.labels_L
+            image_index.append(piece.image_slots_E + at)
+            pictures.append(piece.pixels_nCHW)
+            lengths.append(length)
+            real_tokens += length
+            at += length
+        if at < end:
+            lengths.append(end - at)
+    return Batch(
+        input_ids_T=torch.from_numpy(input_ids),
+        labels_T=torch.from_numpy(labels),
+        position_ids_T=torch.from_numpy(np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])),
+        sample_lengths=lengths,
+        image_index_E=torch.from_numpy(np.concatenate(image_index)),
+        pixel_values_NCHW=torch.from_numpy(np.concatenate(pictures)),
+        loss_tokens=int((labels != IGNORE).sum()),
+        real_tokens=real_tokens,
+    )
+
+
+def read_pixels(dataset: ShardDataset, index: int, data: DataSettings, image_size: int) -> np.ndarray:
+    """A sample's pictures as the model sees them, float32 [n, 3, image_size, image_size].
+
+    Raises:
+        SampleError: one of them cannot be decoded.
+    """
+    pictures = [
+        preprocess(open_rgb(picture), data.image_mode, image_size, data.image_mean, data.image_std)
+        for picture in dataset.read_pictures(index)
+    ]
+    return np.stack(pictures) if pictures else np.empty((0, 3, image_size, image_size), dtype=np.float32)
 
 
 def truncate(tokens: EncodedSample, length: int) -> EncodedSample:

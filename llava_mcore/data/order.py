@@ -72,7 +72,7 @@ def sample_at(position, num_samples, seed, shuffle):  # type: ignore[no-untyped-
         raise ValueError(f"position {places.min()} is negative")
     epoch, index = np.divmod(places, num_samples)
     if shuffle:
-        keys = _mix(_mix(np.uint64([seed & 0xFFFFFFFFFFFFFFFF])) + epoch.astype(np.uint64))
+        keys = _mix(_mix(np.array([seed & 0xFFFFFFFFFFFFFFFF], dtype=np.uint64)) + epoch.astype(np.uint64))
         index = _permute(index.astype(np.uint64), num_samples, keys).astype(np.int64)
     if np.ndim(position) == 0:
         return int(epoch[0]), int(index[0])

@@ -22,8 +22,6 @@ from llava_mcore.data.shards import ShardDataset, ShardWriter, build_index
 from llava_mcore.data.tokenizer import Tokenizer
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-# Names of bad samples that an error spells out; the rest is counted, and `lint` prints all.
-SHOWN = 50
 
 Progress = Callable[[int], None]
 Picture = tuple[str, bytes]
@@ -45,10 +43,10 @@ class BadSamplesError(DatasetError):
 
     def __init__(self, problems: list[Problem], total: int) -> None:
         self.problems = problems
-        listed = "\n".join(f"  {problem}" for problem in problems[:SHOWN])
-        more = f"\n  ... and {len(problems) - SHOWN} more (`prepare_data.py lint` lists all)" if len(problems) > SHOWN else ""
+        listed = "\n".join(f"  {problem}" for problem in problems)
         super().__init__(
-            f"{len(problems)} of {total} samples are bad; nothing was written. Mend them, or leave them out with --skip-bad:\n{listed}{more}"
+            f"{len(problems)} of {total} samples are bad; nothing was written. "
+            f"Mend them, or leave them out with --skip-bad:\n{listed}"
         )
 
 
@@ -288,7 +286,11 @@ def shard(
 
 
 def lint_json(
-    source: str | Path, media: str | Path, check: TokenCheck | None = None, progress: Progress | None = None, records: list[Any] | None = None
+    source: str | Path,
+    media: str | Path,
+    check: TokenCheck | None = None,
+    progress: Progress | None = None,
+    records: list[Any] | None = None,
 ) -> Report:
     """Reports what is wrong with a LLaVA JSON or JSONL and its pictures, sample by sample."""
     records = read_records(source) if records is None else records

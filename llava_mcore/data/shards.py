@@ -202,7 +202,7 @@ class _Columns:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All columns."""
-        rows = {name: np.asarray(values, dtype=COLUMNS[name]) for name, values in self._rows.items()}
+        rows: dict[str, np.ndarray] = {name: np.asarray(values, dtype=COLUMNS[name]) for name, values in self._rows.items()}
         return rows | {"key_bytes": np.frombuffer(bytes(self._keys), dtype=np.uint8)}
 
 
@@ -225,7 +225,7 @@ def build_index(folder: str | Path, progress: Callable[[int], None] | None = Non
         raise DatasetError(f"no *.tar in {folder}; write shards there with `prepare_data.py shard`")
     columns = _Columns()
     ignored: Counter[str] = Counter()
-    described = []
+    described: list[dict[str, Any]] = []
     for path in shards:
         samples = 0
         with open(path, "rb") as file:
@@ -315,13 +315,19 @@ class ShardDataset:
     def __reduce__(self) -> tuple[type[ShardDataset], tuple[Path]]:
         return ShardDataset, (self.path,)
 
+    def _check_index(self, index: int) -> None:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+
     def key(self, index: int) -> str:
         """Key of a sample."""
+        self._check_index(index)
         first, last = self._columns["sample_key"][index : index + 2]
         return self._columns["key_bytes"][first:last].tobytes().decode()
 
     def shard(self, index: int) -> str:
         """File name of the shard a sample lies in."""
+        self._check_index(index)
         return self.shards[int(np.searchsorted(self._shard_end, index, side="right"))]
 
     def name(self, index: int) -> str:
@@ -330,8 +336,7 @@ class ShardDataset:
 
     def _components(self, index: int) -> tuple[int | None, range]:
         """Rows of the JSON (None if the sample has none) and of the pictures."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
+        self._check_index(index)
         first, last = (int(row) for row in self._columns["sample_component"][index : index + 2])
         if first < last and self._columns["component_kind"][first] == JSON_KIND:
             return first, range(first + 1, last)
@@ -383,7 +388,9 @@ class ShardDataset:
         while size:  # one pread gives at most 2 GiB
             part = os.pread(file.fd, size, offset)
             if not part:
-                raise DatasetError(f"shard {self.path / shard} ends before sample {self.key(index)}: it was truncated while in use")
+                raise DatasetError(
+                    f"shard {self.path / shard} ends before sample {self.key(index)}: it was truncated while in use"
+                )
             parts.append(part)
             offset, size = offset + len(part), size - len(part)
         data = parts[0] if len(parts) == 1 else b"".join(parts)
@@ -429,6 +436,6 @@ def _load_index(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
             raise ValueError("columns and meta.json disagree")
     except DatasetError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise DatasetError(f"the index of {path} is damaged ({error}); {fix}") from error
     return columns, meta

@@ -81,7 +81,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise
     except Exception as error:  # the libraries raise anything from RuntimeError to bare Exception
         wanted = "Hugging Face tokenizer.json" if kind is HuggingFaceTokenizer else "SentencePiece model"
-        raise DatasetError(f"{file} is not a readable {wanted} ({str(error).splitlines()[0]}); copy it again from its source") from error
+        raise DatasetError(
+            f"{file} is not a readable {wanted} ({str(error).splitlines()[0]}); copy it again from its source"
+        ) from error
 
 
 class _Files(ABC):
@@ -137,6 +139,8 @@ class HuggingFaceTokenizer(_Files):
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         self.eos_id = self._special("eos", ("</s>",))
         self.eos_token = None if self.eos_id is None else self._backend.id_to_token(self.eos_id)
+        if self.eos_token is not None:  # where the file does not say that this is one token, its text would be spelled out
+            self._backend.add_special_tokens([self.eos_token])
         self.bos_id = self._special("bos", ("<s>",))
         if self.bos_id is not None and not self._adds_bos(self.bos_id):
             self.bos_id = None

@@ -6,7 +6,7 @@ others waiting in a collective.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -25,7 +25,7 @@ def from_first(value: T | None, group: dist.ProcessGroup) -> T:
     return box[0]  # type: ignore[return-value]
 
 
-def share_steps(steps: Iterator[Any] | None, groups: Groups, device: torch.device) -> Iterator[Any]:
+def share_steps(steps: Iterator[Any] | None, groups: Groups, device: torch.device) -> Generator[Any, None, None]:
     """Iterates over the steps that the replica's first rank reads, on all of its ranks.
 
     Pixels go to the first pipeline stage only; elsewhere ``pixel_values_NCHW`` is an empty tensor.
@@ -39,9 +39,9 @@ def share_steps(steps: Iterator[Any] | None, groups: Groups, device: torch.devic
         whatever the loader raised, on every rank.
     """
     while True:
-        kind, payload, pixels = _next(steps) if steps is not None else ("", None, [])
-        shapes = [tensor.shape for tensor in pixels]
-        kind, payload, shapes = from_first((kind, payload, shapes), groups.replica)
+        kind, step, pixels = _next(steps) if steps is not None else ("", None, [])
+        payload: Any
+        kind, payload, shapes = from_first((kind, step, [tensor.shape for tensor in pixels]), groups.replica)
         if kind == "end":
             return
         if kind == "error":

@@ -71,7 +71,7 @@ def build(parallel: ParallelSettings, seed: int = 0) -> Groups:
     """Builds all groups and seeds this rank's random states; every process calls this once.
 
     Args:
-        parallel: the layout; its tensor x pipeline must divide the world size (``settings.schema.layout_problems`` says so first).
+        parallel: the layout; its tensor x pipeline divides the world size (``settings.schema.layout_problems`` says so first).
         seed: of random states. Weights and data order have seeds of their own; Megatron-Core forks these states around dropout.
     """
     parallel_state.initialize_model_parallel(

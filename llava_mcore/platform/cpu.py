@@ -7,17 +7,29 @@ names another device or stands for a call that has nothing to do on a CPU.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import importlib
+import types
 from typing import Any
 
 import torch
 
 CPU = torch.device("cpu")
 
-# Factory functions that Megatron-Core calls with the literal device "cuda" (schedules, optimizer, gradient clipping, loading).
-FACTORIES = (
-    "tensor empty empty_like zeros zeros_like ones ones_like full full_like arange rand rand_like randn randn_like linspace"
-).split()
+# Modules of Megatron-Core that call torch's factory functions with the literal device "cuda".
+MODULES_WITH_CUDA_LITERALS = (
+    "pipeline_parallel.schedules",
+    "optimizer.optimizer",
+    "optimizer.clip_grads",
+    "optimizer.grad_scaler",
+    "distributed.param_and_grad_buffer",
+    "dist_checkpointing.exchange_utils",
+    "dist_checkpointing.mapping",
+    "dist_checkpointing.strategies.state_dict_saver",
+    "tensor_parallel.data",
+    "transformer.utils",
+    "rerun_state_machine",
+    "utils",
+)
 
 _applied: list[str] = []
 
@@ -37,20 +49,28 @@ def _current_device() -> None:
 
 
 def _factories() -> None:
-    """Factory calls with device="cuda" make CPU tensors."""
+    """Tensors that Megatron-Core makes with device="cuda" are made on the CPU."""
+    # Only its own modules see this torch: others in the process (transformers) compare torch's functions by identity.
+    torch_on_cpu = TorchOnCpu("torch")
+    for name in MODULES_WITH_CUDA_LITERALS:
+        importlib.import_module(f"megatron.core.{name}").torch = torch_on_cpu  # type: ignore[attr-defined]
 
-    def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(factory)
+
+class TorchOnCpu(types.ModuleType):
+    """torch, but its factory functions take device="cuda" for the CPU."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(torch, name)
+        if name not in ("tensor", "empty", "empty_like", "zeros", "zeros_like", "ones", "ones_like", "full"):
+            return found
+
+        @functools.wraps(found)
         def make(*args: Any, **kwargs: Any) -> Any:
-            device = kwargs.get("device")
-            if device is not None and str(device).startswith("cuda"):
+            if str(kwargs.get("device", "")).startswith("cuda"):
                 kwargs["device"] = CPU
-            return factory(*args, **kwargs)
+            return found(*args, **kwargs)
 
         return make
-
-    for name in FACTORIES:
-        setattr(torch, name, on_cpu(getattr(torch, name)))
 
 
 def _moves() -> None:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from llava_mcore.platform import adam, cpu
 
+
 @dataclass(frozen=True)
 class Place:
     """Where this process stands: its device and its number among all processes."""
@@ -34,6 +35,11 @@ class Place:
 def has_cuda() -> bool:
     """Whether models run on CUDA here."""
     return torch.cuda.is_available()
+
+
+def world_size() -> int:
+    """Processes in all, as torchrun says; one without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def prepare() -> list[str]:
@@ -57,7 +63,7 @@ def start(timeout_minutes: float = 10.0) -> Place:
         the place of this process. The process group is left as it is if it exists already.
     """
     changes = prepare()
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, size = int(os.environ.get("RANK", 0)), world_size()
     if has_cuda():
         # Megatron-Core's overlap of communication and computation counts on kernels running in the order they were launched.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -78,8 +84,8 @@ def start(timeout_minutes: float = 10.0) -> Place:
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     replaced = f"{len(changes)} replacements for missing CUDA parts" if changes else "unpatched"
-    description = f"{world_size} process(es) on {name}, {backend}, Megatron-Core {_megatron_version()} ({replaced})"
-    return Place(device, rank, world_size, description)
+    description = f"{size} process(es) on {name}, {backend}, Megatron-Core {_megatron_version()} ({replaced})"
+    return Place(device, rank, size, description)
 
 
 def stop() -> None:

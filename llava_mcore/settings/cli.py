@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import NoReturn
 
 from llava_mcore.settings.compose import SettingsError, compose, describe, group_options, setting_field, setting_paths
 from llava_mcore.settings.schema import Settings
+
+SPEAKERS_HEAD_START = 5.0  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +69,21 @@ def parse(argv: Sequence[str], prog: str, description: str) -> Command:
 
 
 def fail(error: SettingsError, prog: str) -> NoReturn:
-    """Print every problem, once and not once a rank, and leave with exit code 2."""
+    """Print every problem and leave with exit code 2, as :func:`stop` does."""
+    count = len(error.problems)
+    lines = [f"{count} problem{'s' if count > 1 else ''} in the settings", *(f"  {problem}" for problem in error.problems)]
+    stop("\n".join([*lines, "See --help for every setting, --print-config for what was composed."]), prog)
+
+
+def stop(message: str, prog: str) -> NoReturn:
+    """Say once what is wrong, not once a rank, and leave with exit code 2.
+
+    The other ranks wait a moment: torchrun ends all of them as soon as one leaves, and it must be the one that has spoken.
+    """
     if os.environ.get("RANK", "0") == "0":
-        count = len(error.problems)
-        print(f"{prog}: {count} problem{'s' if count > 1 else ''} in the settings", file=sys.stderr)
-        for problem in error.problems:
-            print(f"  {problem}", file=sys.stderr)
-        print("See --help for every setting, --print-config for what was composed.", file=sys.stderr)
+        print(f"{prog}: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(SPEAKERS_HEAD_START)
     raise SystemExit(2)
 
 

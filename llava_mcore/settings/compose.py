@@ -64,6 +64,20 @@ def from_dict(values: dict[str, Any]) -> Settings:
     return _validated(values, {})
 
 
+def from_stored(values: dict[str, Any], overrides: Sequence[str]) -> Settings:
+    """Settings that were stored (a checkpoint's), with ``dotted.path=value`` overrides on top.
+
+    Raises:
+        SettingsError: naming every problem found.
+    """
+    from omegaconf import OmegaConf
+
+    if bad := [text for text in overrides if "=" not in text]:
+        raise SettingsError(f"{text!r} is not key=value" for text in bad)
+    merged = OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides)))
+    return from_dict(OmegaConf.to_container(merged))  # type: ignore[arg-type]
+
+
 def to_dict(settings: Settings) -> dict[str, Any]:
     """Plain dicts, lists and scalars. ``from_dict`` of it gives equal settings."""
 

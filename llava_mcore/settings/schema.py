@@ -25,7 +25,7 @@ VOCAB_MULTIPLE = 64
 
 def _fail_on(problems: list[str]) -> None:
     if problems:
-        raise ValueError("; ".join(problems))
+        raise ValueError("\n".join(problems))
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -32,7 +32,7 @@ LATEST = "latest"
 
 
 def sharding_metadata(groups: Groups) -> dict[str, Any]:
-    """How Megatron-Core names and shards what it saves: every layer by its own name, optimizer state reshardable to any layout."""
+    """How Megatron-Core names and shards what it saves: layers by their own names, optimizer state reshardable to any layout."""
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -122,7 +122,7 @@ class Checkpointer:
         final = self.root / f"step_{step:08d}"
         partial = self.root / f".step_{step:08d}.partial"
         state = self._state(model, optimizer, is_loading=False)
-        self._require_room(model, optimizer)
+        self._require_room(model)
         if self.is_first:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / folder.WEIGHTS).mkdir(parents=True)
@@ -159,9 +159,10 @@ class Checkpointer:
         stored = folder.read_settings(path)["train"]
         for name in ("freeze", "dtype"):
             if stored[name] != getattr(self.settings.train, name):
+                now = getattr(self.settings.train, name)
                 raise CheckpointError(
-                    f"{path} was saved with train.{name}={stored[name]}, and the run now has {getattr(self.settings.train, name)}; "
-                    f"set it back, or start a new run with train.init_from={path} and another train.output_dir"
+                    f"{path} was saved with train.{name}={stored[name]}, the run now has {now}; set it back, or start a new run "
+                    f"with train.init_from={path} and another train.output_dir"
                 )
         meta = folder.read_meta(path)
         state = self._state(model, optimizer, is_loading=True)
@@ -190,22 +191,22 @@ class Checkpointer:
         parallel = self.settings.parallel
         return {"world_size": dist.get_world_size(), "tensor": parallel.tensor, "pipeline": parallel.pipeline}
 
-    def _require_room(self, model: LlavaModel, optimizer: MegatronOptimizer) -> None:
+    def _require_room(self, model: LlavaModel) -> None:
         """Compares what will be written with what is free, before anything is written."""
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         # Two moments and, for bfloat16 weights, a float32 copy of what is trained.
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         state = trained * (8 if self.settings.train.dtype == "float32" else 12)
-        needed = torch.tensor([float(weights + state)], dtype=torch.float64, device=next(model.parameters()).device)
-        dist.all_reduce(needed, group=self.groups.replica)
+        bytes_everywhere: list[int] = [0] * self.groups.replica.size()
+        dist.all_gather_object(bytes_everywhere, weights + state, group=self.groups.replica)
+        needed = sum(bytes_everywhere)
         self.root.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.root).free
-        answer = [free if self.is_first else None]
-        dist.broadcast_object_list(answer, src=0)
-        if needed.item() > answer[0]:
+        free = [shutil.disk_usage(self.root).free]
+        dist.broadcast_object_list(free, src=0)
+        if needed > free[0]:
             raise CheckpointError(
-                f"{self.root}: no room for a checkpoint of {needed.item() / 2**30:.2f} GiB, {answer[0] / 2**30:.2f} GiB are free; "
-                f"make room, or lower train.keep_checkpoints or set another train.output_dir"
+                f"{self.root}: no room for a checkpoint of {needed / 2**30:.2f} GiB, {free[0] / 2**30:.2f} GiB are free; "
+                f"make room, lower train.keep_checkpoints or set another train.output_dir"
             )
 
     def _point_at(self, final: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer.optimizer_config import OptimizerConfig, ParamKey, ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -79,21 +79,6 @@ def freeze(model: LlavaModel, patterns: list[str], groups: Groups) -> None:
         raise SettingsError([f"train.freeze={patterns} leaves nothing to train"])
 
 
-def distribute(model: LlavaModel, train: TrainSettings, parallel: ParallelSettings, groups: Groups) -> DistributedDataParallel:
-    """Wraps the model for data parallelism; frozen parameters get no gradient buffer."""
-    return DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=parallel.overlap_grad_reduce,
-            overlap_param_gather=parallel.overlap_param_gather,
-            use_distributed_optimizer=True,
-        ),
-        model,
-        pg_collection=groups.mcore,
-    )
-
-
 def build_optimizer(
     model: DistributedDataParallel, train: TrainSettings, parallel: ParallelSettings, derived: Derived, groups: Groups
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
@@ -140,7 +125,8 @@ def learning_rates(optimizer: MegatronOptimizer, train: TrainSettings) -> float 
     by_peak = {group["max_lr"]: group["lr"] for group in optimizer.param_groups}
     if not train.module_lr:
         return by_peak.get(train.lr, next(iter(by_peak.values()), 0.0))
-    peaks = {module: train.module_lr.get(module, train.lr) for module in MODULES}
+    peaks: dict[str, float] = dict.fromkeys(MODULES, train.lr)
+    peaks |= {str(module): lr for module, lr in train.module_lr.items()}
     return {module: by_peak[peak] for module, peak in peaks.items() if peak in by_peak}
 
 

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
-from llava_mcore.data.loader import Batch, Step, StreamLoader
+from llava_mcore.conversion.convert import load_hf_into, write_sidecars
+from llava_mcore.data.loader import Step, StreamLoader
 from llava_mcore.data.shards import ShardDataset
 from llava_mcore.data.tokenizer import load_tokenizer
 from llava_mcore.models.initialize import initialize
@@ -31,34 +25,17 @@ from llava_mcore.settings.compose import SettingsError, dump_yaml
 from llava_mcore.settings.derive import derive
 from llava_mcore.settings.schema import Settings, layout_problems
 from llava_mcore.training import checkpoint_folder
-from llava_mcore.training.checkpoint import Checkpointer, load_model, sharding_metadata
+from llava_mcore.training.checkpoint import Checkpointer, load_model, model_state, sharding_metadata
+from llava_mcore.training.engine import distribute, forward_backward
 from llava_mcore.training.observe import Observer, StepRecord
 from llava_mcore.training.observe.flops import FlopsCounter
-from llava_mcore.training.optimizer import build_optimizer, distribute, freeze, learning_rates, trained_parameters
+from llava_mcore.training.optimizer import build_optimizer, freeze, learning_rates, trained_parameters
+
+BAD_SAMPLES = "bad_samples.txt"
 
 
-def forward_step(batches: Iterator[Batch], model: torch.nn.Module, *, device: torch.device) -> tuple[Tensor, Any]:
-    """One micro-batch forward, in the form Megatron-Core's schedules call: the output, and the function that makes it a loss.
-
-    The loss is the sum over tokens; the schedule divides the gradients by the token count of all ranks and micro-batches, so
-    that uneven masks change nothing.
-    """
-    batch = next(batches)
-    loss_T = model(
-        batch.input_ids_T.to(device, non_blocking=True),
-        batch.position_ids_T.to(device, non_blocking=True),
-        batch.sample_lengths,
-        batch.pixel_values_NCHW.to(device, non_blocking=True),
-        batch.image_index_E.to(device, non_blocking=True),
-        batch.labels_T.to(device, non_blocking=True),
-    )
-    return loss_T, partial(_sum_loss, batch.loss_tokens)
-
-
-def _sum_loss(tokens: int, loss_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss summed over tokens, token count, and the sum once more for the log."""
-    total = loss_T.sum()
-    return total, torch.tensor(tokens, dtype=torch.int, device=total.device), total.detach()
+class TrainingError(RuntimeError):
+    """The run cannot go on; every rank raises it."""
 
 
 class Trainer:
@@ -79,7 +56,7 @@ class Trainer:
         self.place = device.start(parallel.timeout_minutes)
         self.say(self.place.description)
         self.groups = process_groups.build(parallel, train.seed)
-        self.dataset, self.tokenizer = ShardDataset(settings.data.path), load_tokenizer(settings.data.tokenizer)
+        self.dataset, self.tokenizer = ShardDataset(settings.data.path or ""), load_tokenizer(settings.data.tokenizer or "")
         self.derived = derive(settings, len(self.dataset), self.place.world_size)
         self.last_step = min(self.derived.steps, train.stop_after or self.derived.steps)
 
@@ -89,9 +66,8 @@ class Trainer:
         if self.resumed_from is None:
             self._first_weights()
         freeze(self.model, train.freeze, self.groups)
-        self.ddp = distribute(self.model, train, parallel, self.groups)
+        self.ddp = distribute(self.model, parallel, self.groups)
         self.optimizer, self.scheduler = build_optimizer(self.ddp, train, parallel, self.derived, self.groups)
-        self._connect_schedules()
 
         self.step, self.bad_samples = 0, 0
         self.loader = self._loader(0)
@@ -125,16 +101,7 @@ class Trainer:
         """Forward, backward and update over one global batch; returns the mean loss per token and the gradient norm."""
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = self.forward_backward(
-            forward_step_func=partial(forward_step, device=self.place.device),
-            data_iterator=iter(step.batches),
-            model=self.ddp,
-            num_microbatches=len(step.batches),
-            seq_length=self.settings.data.sequence_length * self.settings.train.micro_batch_size,
-            micro_batch_size=1,
-            p2p_communicator=P2PCommunicator(self.groups.pp, self.ddp.config),
-            pg_collection=self.groups.mcore,
-        )
+        losses = forward_backward(self.ddp, step.batches, self.groups, self.place.device)
         loss = self._mean_loss(losses, step)
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(1)
@@ -163,7 +130,10 @@ class Trainer:
         if source is None:
             initialize(self.model, self.settings.train.seed, sharding_metadata(self.groups))
             return
-        load_model(_as_checkpoint(source, self.settings, self.place.is_first), self.model, self.groups)
+        if checkpoint_folder.is_hf(source):
+            load_hf_into(model_state(self.model, self.groups), source)
+        else:
+            load_model(source, self.model, self.groups)
         self.say(f"weights from {source}")
 
     def _resume(self, path: Path) -> None:
@@ -173,14 +143,6 @@ class Trainer:
         self.loader = self._loader(self.step)
         self.scheduler.step(self.step)
         self.say(f"resumed from {path}, step {self.step}")
-
-    def _connect_schedules(self) -> None:
-        """Tells Megatron-Core's schedules when to reduce gradients and gather parameters."""
-        config, parallel = self.ddp.config, self.settings.parallel
-        config.finalize_model_grads_func = finalize_model_grads
-        if parallel.overlap_grad_reduce:
-            config.no_sync_func = self.ddp.no_sync
-        self.forward_backward = get_forward_backward_func(parallel.pipeline, None)
 
     def _loader(self, start_step: int) -> StreamLoader:
         train = self.settings.train
@@ -219,7 +181,9 @@ class Trainer:
     def _write_sidecars(self, folder: Path) -> None:
         """Tokenizer of the run, and what the weights' source left for Hugging Face."""
         source = self.resumed_from or self.settings.train.init_from
-        if source is not None and (Path(source) / checkpoint_folder.META).is_file():
+        if source is not None and checkpoint_folder.is_hf(source):
+            write_sidecars(source, folder)
+        elif source is not None:
             checkpoint_folder.copy_sidecars(source, folder)
         shutil.rmtree(folder / checkpoint_folder.TOKENIZER, ignore_errors=True)
         self.tokenizer.save(folder / checkpoint_folder.TOKENIZER)
@@ -240,8 +204,8 @@ class Trainer:
             self._account_bad(step.bad if self.groups.replica.rank() == 0 else [])
         mean = loss_sum / max(tokens, 1.0)
         if mean != mean or mean in (float("inf"), float("-inf")):
-            raise FloatingPointError(
-                f"the loss of step {step.index + 1} is {mean}; lower train.lr or look at its samples (the checkpoint before is intact)"
+            raise TrainingError(
+                f"the loss of step {step.index + 1} is {mean}; lower train.lr, or look at its samples; checkpoints are intact"
             )
         return mean
 
@@ -251,20 +215,19 @@ class Trainer:
         dist.all_gather_object(gathered, names)
         found = [name for part in gathered for name in part]
         self.bad_samples += len(found)
+        listed = Path(self.settings.train.output_dir) / BAD_SAMPLES
         if self.place.is_first:
-            with (Path(self.settings.train.output_dir) / "bad_samples.txt").open("a", encoding="utf-8") as file:
+            with listed.open("a", encoding="utf-8") as file:
                 for name in found:
                     file.write(f"step {self.step + 1}: {name}\n")
                     print(f"skipped sample: {name}", file=sys.stderr, flush=True)
         if self.bad_samples > self.settings.data.max_bad_samples:
-            raise RuntimeError(
+            raise TrainingError(
                 f"{self.bad_samples} bad samples are more than data.max_bad_samples={self.settings.data.max_bad_samples}; the last: "
-                f"{found[-1]}. All are in {self.settings.train.output_dir}/bad_samples.txt; run tools/prepare_data.py lint, or raise it"
+                f"{found[-1]}. All are in {listed}; look at them with tools/prepare_data.py lint, or raise the limit"
             )
 
-    def _record(
-        self, step: Step, loss: float, lr: float | dict[str, float], grad_norm: float, seconds: float
-    ) -> StepRecord:
+    def _record(self, step: Step, loss: float, lr: float | dict[str, float], grad_norm: float, seconds: float) -> StepRecord:
         return StepRecord(
             step=self.step,
             steps=self.derived.steps,
@@ -283,7 +246,7 @@ class Trainer:
 
 def _startup_problems(settings: Settings) -> list[str]:
     """What can be seen to be wrong before any process group is made."""
-    problems = layout_problems(settings, int(os.environ.get("WORLD_SIZE", 1)))
+    problems = layout_problems(settings, device.world_size())
     for name in ("path", "tokenizer"):
         value = getattr(settings.data, name)
         if value is None:
@@ -294,25 +257,6 @@ def _startup_problems(settings: Settings) -> list[str]:
     if source is not None and not Path(source).exists():
         problems.append(f"train.init_from={source}: no such folder")
     return problems
-
-
-def _as_checkpoint(source: str, settings: Settings, is_first: bool) -> Path:
-    """``source`` as a checkpoint of this project; a Hugging Face folder is converted once, into ``output_dir``."""
-    path = Path(source)
-    if (path / checkpoint_folder.META).is_file() or not checkpoint_folder.is_hf(path):
-        return path
-    imported = Path(settings.train.output_dir) / "imported"
-    outcome: list[str | None] = [None]
-    if is_first:
-        # A process of its own: saving is collective over all processes, and this one is not alone.
-        alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        command = [sys.executable, "-m", "llava_mcore.conversion", "import", str(path), str(imported), "--overwrite"]
-        done = subprocess.run(command, env=alone, capture_output=True, text=True)
-        outcome = [done.stderr.strip() if done.returncode else None]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise RuntimeError(f"train.init_from={source} could not be imported:\n{outcome[0]}")
-    return imported
 
 
 def _device_name(place: torch.device) -> str:

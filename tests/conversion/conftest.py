@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conversion_material import VARIANTS, make_model
 
-from llava_mcore.platform import device
+from llava_mcore.conversion import convert
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests/material.py
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +25,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def process() -> Iterator[None]:
-    """This process as the only one of its group."""
-    device.start()
-    yield
-    device.stop()
+    """This process as the only one of its group, for tests that read weights/ themselves."""
+    with convert._alone():
+        yield

@@ -31,14 +31,17 @@ def make_model(
     torch.manual_seed(seed)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=24, intermediate_size=40, num_hidden_layers=tower_layers, num_attention_heads=3, image_size=28, patch_size=7
+            hidden_size=24, intermediate_size=40, num_hidden_layers=tower_layers, num_attention_heads=3,
+            image_size=28, patch_size=7,
         ),
         text_config=LlamaConfig(
-            hidden_size=hidden, intermediate_size=72, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=groups,
+            hidden_size=hidden, intermediate_size=72, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=groups,
             head_dim=head_dim, vocab_size=101, max_position_embeddings=128, tie_word_embeddings=tied,
             rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
         ),
-        image_token_index=IMAGE_TOKEN, vision_feature_layer=select, vision_feature_select_strategy=strategy, tie_word_embeddings=tied,
+        image_token_index=IMAGE_TOKEN, vision_feature_layer=select, vision_feature_select_strategy=strategy,
+        tie_word_embeddings=tied,
     )  # fmt: skip
     model = LlavaForConditionalGeneration(config).eval()
     with torch.no_grad():

@@ -67,7 +67,11 @@ def make_sample(number: int, pictures: int) -> tuple[str, dict[str, Any], list[t
     question = "<image>\n" * pictures + "Which digit is this?"
     answer = "It is a seven. " * (1 + number % 7)
     record = {"id": number, "conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
-    return f"sample.{number}", record, [("png", make_picture(20 + number % 5, 30, seed=number + place)) for place in range(pictures)]
+    return (
+        f"sample.{number}",
+        record,
+        [("png", make_picture(20 + number % 5, 30, seed=number + place)) for place in range(pictures)],
+    )
 
 
 @pytest.fixture(scope="session")

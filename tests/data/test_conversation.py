@@ -121,9 +121,9 @@ def test_plain_equals_llava(tokenizer: Tokenizer, oracle: LlavaOracle, caption: 
 
 def test_hugging_face_form_of_the_same_model_agrees(tokenizer: Tokenizer, sp_file: Path, tmp_path: Path) -> None:
     """The same model as a Llama-like tokenizer.json: same ids and labels, from another library's offsets."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import AddedToken, decoders, models, normalizers
     from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import AddedToken, decoders, models, normalizers
+    from tokenizers import Tokenizer as Backend
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(sp_file.read_bytes())
     vocab = {piece.piece: number for number, piece in enumerate(proto.pieces)}
@@ -136,7 +136,9 @@ def test_hugging_face_form_of_the_same_model_agrees(tokenizer: Tokenizer, sp_fil
     )
     backend = Backend(models.BPE(vocab, [merge[1:] for merge in merges], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     backend.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>", "<image>")])
     backend.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path)
@@ -220,7 +222,9 @@ def test_bad_conversations(tokenizer: Tokenizer, conversations: Any, images: int
 def test_picture_id_in_text_is_refused(tokenizer: Tokenizer) -> None:
     digit = tokenizer.encode("seven")[0][0]
     with pytest.raises(SampleError, match="kept for pictures"):
-        encode_conversation(turns("seven", "seven"), tokenizer, "vicuna_v1", num_images=0, image_tokens_each=4, image_token_id=digit)
+        encode_conversation(
+            turns("seven", "seven"), tokenizer, "vicuna_v1", num_images=0, image_tokens_each=4, image_token_id=digit
+        )
 
 
 def test_template_that_needs_eos(tokenizer: Tokenizer) -> None:
@@ -241,7 +245,9 @@ def test_prompt_is_the_beginning_of_the_training_sample(tokenizer: Tokenizer, te
 
 
 def test_prompt_keeps_earlier_turns(tokenizer: Tokenizer) -> None:
-    prompt = encode_prompt(turns("q", "a", "q2"), tokenizer, "vicuna_v1", num_images=0, image_tokens_each=4, image_token_id=IMAGE_ID)
+    prompt = encode_prompt(
+        turns("q", "a", "q2"), tokenizer, "vicuna_v1", num_images=0, image_tokens_each=4, image_token_id=IMAGE_ID
+    )
     assert tokenizer.decode([t for t in prompt.tolist() if t > 2]).endswith("USER: q ASSISTANT: a USER: q2 ASSISTANT:")
     with pytest.raises(SampleError, match="no human turn"):
         encode_prompt([], tokenizer, "vicuna_v1", num_images=0, image_tokens_each=4, image_token_id=IMAGE_ID)

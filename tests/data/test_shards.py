@@ -115,8 +115,8 @@ def test_pax_and_gnu_names(tmp_path: Path) -> None:
 
 
 def test_samples_without_json_or_with_a_broken_one(tmp_path: Path, picture: Picture) -> None:
-    members = {"a.png": picture(), "b.json": b"{broken", "c.json": b"[1]", "d.json": b"\xff\xfe{}", "e.json": record(4), "e.png": b"no picture"}
-    write_tar(tmp_path / "x.tar", members)
+    broken = {"b.json": b"{broken", "c.json": b"[1]", "d.json": b"\xff\xfe{}"}
+    write_tar(tmp_path / "x.tar", {"a.png": picture(), **broken, "e.json": record(4), "e.png": b"no picture"})
     build_index(tmp_path)
     dataset = ShardDataset(tmp_path)
     for index, reason in enumerate(["has no .json", "is not JSON", "not an object", "is not JSON"]):
@@ -246,7 +246,7 @@ def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             writer.write(str(number), {"id": number}, [])
     build_index(tmp_path)
     dataset = ShardDataset(tmp_path)
-    opened = [file for file in Path("/proc/self/fd").iterdir()] if Path("/proc/self/fd").is_dir() else []
+    opened = list(Path("/proc/self/fd").iterdir()) if Path("/proc/self/fd").is_dir() else []
     with ThreadPoolExecutor(8) as pool:
         assert [r["id"] for r in pool.map(dataset.read_record, list(range(20)) * 20)] == list(range(20)) * 20
     if opened:

@@ -20,7 +20,10 @@ def hf_folder(folder: Path, config: dict | None = None, post_processor: bool = T
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=350, special_tokens=["<s>", "</s>", "<image>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=350,
+        special_tokens=["<s>", "</s>", "<image>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     backend.train_from_iterator([TEXT] * 10, trainer)
     if post_processor:
@@ -96,6 +99,15 @@ def test_hugging_face_bos_and_eos(tmp_path: Path, config: dict | None, post_proc
     assert (loaded.bos_id, loaded.eos_id) == (bos, eos)
 
 
+def test_eos_that_the_file_does_not_mark_as_one_token(tmp_path: Path) -> None:
+    hf_folder(tmp_path)
+    data = json.loads((tmp_path / "tokenizer.json").read_text())
+    data["added_tokens"] = []
+    (tmp_path / "tokenizer.json").write_text(json.dumps(data))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode("It</s>")[0][-1] == loaded.eos_id == 1
+
+
 def test_ids_from_generation_config(tmp_path: Path) -> None:
     hf_folder(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": [2, 1]}))
@@ -105,7 +117,8 @@ def test_ids_from_generation_config(tmp_path: Path) -> None:
 def test_hugging_face_agrees_with_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     ours = load_tokenizer(hf_folder(tmp_path))
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<s>", eos_token="</s>")
+    file = str(tmp_path / "tokenizer.json")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=file, bos_token="<s>", eos_token="</s>")
     assert [ours.bos_id, *ours.encode(TEXT + "</s>")[0]] == theirs(TEXT + "</s>")["input_ids"]
 
 

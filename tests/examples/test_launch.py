@@ -95,7 +95,9 @@ def test_a_misspelt_setting_is_named_before_anything_starts(tmp_path: Path) -> N
 @pytest.mark.skipif(not (ROOT / "llava_mcore/train.py").exists(), reason="the trainer is not there yet")
 @pytest.mark.parametrize("form", [["bash"], [*LAUNCHER, "--nproc-per-node=1"], [*LAUNCHER, "--no-python", "--nproc-per-node=1"]])
 def test_every_form_reaches_the_trainer(form: list[str], tmp_path: Path) -> None:
-    result = run([*form, EXAMPLES / "finetune_llava.sh", "--print-config", "train.lr=3e-4", "experiment=finetune_llava_13b"], tmp_path)
+    result = run(
+        [*form, EXAMPLES / "finetune_llava.sh", "--print-config", "train.lr=3e-4", "experiment=finetune_llava_13b"], tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert "lr: 0.0003" in result.stdout and "finetune_llava_13b" in result.stdout
 

@@ -288,7 +288,8 @@ def test_an_installed_package_carries_the_groups():
 def test_unknown_option():
     (problem,) = problems_of(["model=llava_vicuna7b"])
     assert problem == (
-        "model=llava_vicuna7b: no such option (did you mean llava_vicuna_7b?); options of model: llava_vicuna_13b, llava_vicuna_7b, tiny"
+        "model=llava_vicuna7b: no such option (did you mean llava_vicuna_7b?); "
+        "options of model: llava_vicuna_13b, llava_vicuna_7b, tiny"
     )
 
 

@@ -75,7 +75,7 @@ def wandb_records(path: Path) -> list[Any]:
 
 
 def leveldb_log(path: Path) -> Iterator[bytes]:
-    """The records of a wandb file: LevelDB's log format (blocks of 32 KiB, 7 bytes before each piece) after 7 bytes of header."""
+    """The records of a wandb file: LevelDB's log format (blocks of 32 KiB, 7 bytes before each piece), 7 bytes in."""
     content, offset, pieces = path.read_bytes(), 7, b""
     while offset + 7 <= len(content):
         if 32768 - offset % 32768 < 7:

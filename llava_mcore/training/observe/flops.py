@@ -6,7 +6,7 @@ as MFU is defined in PaLM (Chowdhery et al. 2022, appendix B). With T tokens, h 
 heads, f MLP width, V vocabulary:
 
     decoder layer, linear       2 T (h d (2 q + 2 g) + 3 h f)
-    decoder layer, attention    4 q d * sum over samples of L (L + 1) / 2    (each token attends to itself and the sample before it)
+    decoder layer, attention    4 q d * sum over samples of L (L + 1) / 2   (a token sees itself and its sample before it)
     head                        2 T h V
     tower, patches              2 P (3 p^2) h          P patches of p x p pixels
     tower layer, linear         2 (P + 1) (4 h^2 + 2 h f)

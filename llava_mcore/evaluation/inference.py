@@ -1,0 +1,164 @@
+"""A model that answers: loaded from a checkpoint into any layout, greedy decoding over packed prompts.
+
+Every new token runs the whole sequence again (there is no key/value cache): simple, exact under every layout, and fast enough
+to evaluate short answers, which is what it is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from llava_mcore.data.conversation import IGNORE, encode_prompt
+from llava_mcore.data.loader import Batch, Piece, lay_out, read_pixels
+from llava_mcore.data.packing import pack
+from llava_mcore.data.shards import ShardDataset
+from llava_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from llava_mcore.models.initialize import initialize
+from llava_mcore.models.llava import LlavaModel
+from llava_mcore.parallel import groups as process_groups
+from llava_mcore.platform import device
+from llava_mcore.settings import compose
+from llava_mcore.settings.compose import SettingsError
+from llava_mcore.settings.schema import Settings, layout_problems
+from llava_mcore.training import checkpoint_folder
+from llava_mcore.training.checkpoint import load_model, sharding_metadata
+from llava_mcore.training.engine import forward_logits
+
+
+@dataclass
+class Prompt:
+    """A question ready for the model."""
+
+    input_ids_L: np.ndarray  # int64, image_token_id at every image embedding
+    pixels_nCHW: np.ndarray  # float32
+
+
+class Inference:
+    """One process's part of a model that answers.
+
+    Args:
+        settings: model, layout and how data becomes prompts.
+        checkpoint: whose weights; None: random ones of ``train.seed``.
+
+    Raises:
+        SettingsError: the layout does not fit the model or the number of processes.
+    """
+
+    def __init__(self, settings: Settings, checkpoint: Path | None) -> None:
+        self.settings = settings
+        if problems := layout_problems(settings, device.world_size()):
+            raise SettingsError(problems)
+        self.place = device.start(settings.parallel.timeout_minutes)
+        self.groups = process_groups.build(settings.parallel)
+        model = LlavaModel(settings.model, settings.parallel, settings.train.dtype, self.groups)
+        self.model = model.to(self.place.device).eval()
+        if checkpoint is None:
+            initialize(self.model, settings.train.seed, sharding_metadata(self.groups))
+        else:
+            load_model(checkpoint, self.model, self.groups)
+        self.tokenizer: Tokenizer = load_tokenizer(settings.data.tokenizer or "")
+
+    def prompt(self, dataset: ShardDataset, index: int) -> Prompt:
+        """The last question of a sample of a dataset.
+
+        Raises:
+            SampleError: there is none, or a picture cannot be decoded.
+        """
+        model, data = self.settings.model, self.settings.data
+        ids = encode_prompt(
+            dataset.read_record(index).get("conversations"),
+            self.tokenizer,
+            data.template,
+            num_images=dataset.num_pictures(index),
+            image_tokens_each=model.vision.embeddings_per_image,
+            image_token_id=model.image_token_id,
+        )
+        return Prompt(ids, read_pixels(dataset, index, data, model.vision.image_size))
+
+    def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+        """The answers to this replica's prompts, greedy; every rank of the replica calls it with the same prompts.
+
+        An answer ends with the end-of-sequence token, at ``max_new_tokens``, or where the stream is full.
+        """
+        answers: list[list[int]] = [[] for _ in prompts]
+        active = list(range(len(prompts)))
+        for _ in range(max_new_tokens):
+            active = [
+                number
+                for number in active
+                if len(prompts[number].input_ids_L) + len(answers[number]) <= self.settings.data.sequence_length
+                and (not answers[number] or answers[number][-1] != self.tokenizer.eos_id)
+            ]
+            if not active:
+                break
+            for number, token in zip(
+                active, self._next_tokens([prompts[n] for n in active], [answers[n] for n in active]), strict=True
+            ):
+                answers[number].append(token)
+        ends = {self.tokenizer.eos_id}
+        return [self.tokenizer.decode([token for token in answer if token not in ends]) for answer in answers]
+
+    def _next_tokens(self, prompts: Sequence[Prompt], answers: Sequence[list[int]]) -> list[int]:
+        """The likeliest next token of each sequence, the same on every rank of the replica."""
+        capacity, image = self.settings.data.sequence_length, self.settings.model.image_token_id
+        pieces = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            ids = np.concatenate([prompt.input_ids_L, np.array(answer, dtype=np.int64)])
+            slots = np.flatnonzero(prompt.input_ids_L == image) if len(prompt.pixels_nCHW) else np.empty(0, dtype=np.int64)
+            pieces.append(Piece(ids, np.full_like(ids, IGNORE), slots, prompt.pixels_nCHW))
+        streams = pack([len(piece.input_ids_L) for piece in pieces], capacity)
+        batches, lasts, order = [], [], []
+        for batch, members in self._micro_batches(streams, pieces):
+            batches.append(batch)
+            order += [number for stream in members for number in stream]
+            lasts.append(_last_tokens(members, pieces, capacity))
+        logits = forward_logits(self.model, batches, lasts, self.groups, self.place.device)
+        chosen = torch.empty(len(pieces), dtype=torch.int64, device=self.place.device)
+        if self.groups.is_last_stage:
+            chosen[torch.tensor(order, device=chosen.device)] = torch.cat(logits).argmax(dim=-1)
+        if self.groups.pp.size() > 1:
+            dist.broadcast(chosen, src=self.groups.last_stage_rank, group=self.groups.pp)
+        return chosen.tolist()
+
+    def _micro_batches(self, streams: list[list[int]], pieces: Sequence[Piece]) -> Iterator[tuple[Batch, list[list[int]]]]:
+        """Micro-batches of one length, with the numbers of the pieces in each of their streams."""
+        per_batch = self.settings.train.micro_batch_size
+        for first in range(0, len(streams), per_batch):
+            members = streams[first : first + per_batch]
+            members += [[] for _ in range(per_batch - len(members))]
+            filled = [[pieces[number] for number in stream] for stream in members]
+            yield lay_out(filled, self.settings.data.sequence_length, self.settings.model.vision.image_size), members
+
+
+def _last_tokens(members: Sequence[Sequence[int]], pieces: Sequence[Piece], capacity: int) -> list[int]:
+    """Where in a micro-batch each piece ends."""
+    found = []
+    for place, stream in enumerate(members):
+        at = place * capacity
+        for number in stream:
+            at += len(pieces[number].input_ids_L)
+            found.append(at - 1)
+    return found
+
+
+def settings_of(checkpoint: Path, overrides: Sequence[str]) -> Settings:
+    """The settings a checkpoint was saved with, its own tokenizer, and overrides on top.
+
+    An imported checkpoint holds only the model's; the other groups then have their defaults.
+
+    Raises:
+        CheckpointError: no checkpoint of this project.
+        SettingsError: naming every problem found.
+    """
+    stored = checkpoint_folder.read_settings(checkpoint_folder.require_checkpoint(checkpoint))
+    values = {"data": {}, "train": {"lr": 1.0}, "parallel": {}, **stored}  # nothing is trained here; lr is only required
+    tokenizer = checkpoint / checkpoint_folder.TOKENIZER
+    if tokenizer.is_dir():
+        values["data"] = {**values["data"], "tokenizer": str(tokenizer)}
+    return compose.from_stored(values, overrides)
