@@ -12,7 +12,6 @@ setup(
     description="LLaVA-style vision-language models on Megatron-Core, with the same numbers on a CPU and on a cluster",
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
     packages=find_packages(include=["llava_mcore*"]),
     package_data={"llava_mcore.configs": ["**/*.yaml"]},
     python_requires=">=3.11",

@@ -13,6 +13,7 @@ NOISE = (
     r"`torch\.distributed\.\w+` is deprecated",
     "MLP requires ffn_hidden_size",
     "full scope is deprecated",
+    "`load_state_dict` is deprecated",
     "When using (async grad allreduce|sequence parallelism) it is recommended to set the environment variable",
 )
 

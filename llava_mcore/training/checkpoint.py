@@ -28,8 +28,6 @@ from llava_mcore.settings.schema import ModelSettings, Settings
 from llava_mcore.training import checkpoint_folder as folder
 from llava_mcore.training.checkpoint_folder import CheckpointError
 
-LATEST = "latest"
-
 
 def sharding_metadata(groups: Groups) -> dict[str, Any]:
     """How Megatron-Core names and shards what it saves: layers by their own names, optimizer state reshardable to any layout."""
@@ -90,14 +88,11 @@ class Checkpointer:
 
     def __init__(self, settings: Settings, groups: Groups, is_first: bool) -> None:
         self.settings, self.groups, self.is_first = settings, groups, is_first
-        self.root = Path(settings.train.output_dir) / "checkpoints"
+        self.root = Path(settings.train.output_dir) / folder.CHECKPOINTS
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint of the run, or None."""
-        pointer = self.root / LATEST
-        if not pointer.is_file():
-            return None
-        return folder.require_checkpoint(self.root / pointer.read_text(encoding="utf-8").strip())
+        return folder.newest(self.settings.train.output_dir)
 
     def save(
         self,
@@ -210,10 +205,10 @@ class Checkpointer:
             )
 
     def _point_at(self, final: Path) -> None:
-        aside = self.root / f".{LATEST}.partial"
+        aside = self.root / f".{folder.LATEST}.partial"
         aside.write_text(final.name + "\n", encoding="utf-8")
-        os.replace(aside, self.root / LATEST)
-        folder.sync(self.root / LATEST)
+        os.replace(aside, self.root / folder.LATEST)
+        folder.sync(self.root / folder.LATEST)
 
     def _remove_old(self, newest: Path) -> None:
         keep = self.settings.train.keep_checkpoints

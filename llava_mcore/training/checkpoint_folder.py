@@ -31,6 +31,10 @@ WEIGHTS = "weights"
 TOKENIZER = "tokenizer"
 HF = "hf"
 
+# In the output folder of a run: its checkpoints, and a file that names the newest.
+CHECKPOINTS = "checkpoints"
+LATEST = "latest"
+
 SIDECARS = (TOKENIZER, HF)
 
 # Written by Megatron-Core when, and only when, all of weights/ is on disk.
@@ -55,6 +59,14 @@ def require_checkpoint(path: str | Path) -> Path:
         hint = "; it is a Hugging Face folder, convert it with tools/convert_checkpoint.py import" if is_hf(folder) else ""
         raise CheckpointError(f"{folder}: not a complete checkpoint of this project, it has no {', '.join(missing)}{hint}")
     return folder
+
+
+def newest(run: str | Path) -> Path | None:
+    """The newest complete checkpoint in the output folder of a run, or None if it has none yet."""
+    pointer = Path(run) / CHECKPOINTS / LATEST
+    if not pointer.is_file():
+        return None
+    return require_checkpoint(pointer.parent / pointer.read_text(encoding="utf-8").strip())
 
 
 def is_hf(path: str | Path) -> bool:

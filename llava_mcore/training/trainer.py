@@ -126,7 +126,7 @@ class Trainer:
 
     def _first_weights(self) -> None:
         """Random weights, or those of ``train.init_from``."""
-        source = self.settings.train.init_from
+        source = self._init_from()
         if source is None:
             initialize(self.model, self.settings.train.seed, sharding_metadata(self.groups))
             return
@@ -135,6 +135,11 @@ class Trainer:
         else:
             load_model(source, self.model, self.groups)
         self.say(f"weights from {source}")
+
+    def _init_from(self) -> Path | None:
+        """``train.init_from``; of the output folder of a run, its newest checkpoint."""
+        source = self.settings.train.init_from
+        return None if source is None else checkpoint_folder.newest(source) or Path(source)
 
     def _resume(self, path: Path) -> None:
         meta = self.checkpointer.load(path, self.model, self.optimizer)
@@ -180,7 +185,7 @@ class Trainer:
 
     def _write_sidecars(self, folder: Path) -> None:
         """Tokenizer of the run, and what the weights' source left for Hugging Face."""
-        source = self.resumed_from or self.settings.train.init_from
+        source = self.resumed_from or self._init_from()
         if source is not None and checkpoint_folder.is_hf(source):
             write_sidecars(source, folder)
         elif source is not None:
@@ -222,9 +227,10 @@ class Trainer:
                     file.write(f"step {self.step + 1}: {name}\n")
                     print(f"skipped sample: {name}", file=sys.stderr, flush=True)
         if self.bad_samples > self.settings.data.max_bad_samples:
+            limit = self.settings.data.max_bad_samples
             raise TrainingError(
-                f"{self.bad_samples} bad samples are more than data.max_bad_samples={self.settings.data.max_bad_samples}; the last: "
-                f"{found[-1]}. All are in {listed}; look at them with tools/prepare_data.py lint, or raise the limit"
+                f"{self.bad_samples} bad samples are more than data.max_bad_samples={limit}; the last: {found[-1]}. All are in "
+                f"{listed}; look at them with tools/prepare_data.py lint, or raise the limit"
             )
 
     def _record(self, step: Step, loss: float, lr: float | dict[str, float], grad_norm: float, seconds: float) -> StepRecord:
