@@ -88,6 +88,7 @@ class StreamLoader:
         seed: of the order.
         global_batch_size: samples of a step, over all ranks.
         micro_batch_size: streams of a batch.
+        batches_multiple: each rank gets a multiple of this number of batches.
         total_samples: samples of the whole run, from step 0; the last step may be short. None: endless.
         start_step: first step to give.
     """
@@ -105,6 +106,7 @@ class StreamLoader:
         seed: int,
         global_batch_size: int,
         micro_batch_size: int,
+        batches_multiple: int = 1,
         total_samples: int | None = None,
         start_step: int = 0,
     ) -> None:
@@ -114,6 +116,7 @@ class StreamLoader:
         self._image_token_id = image_token_id
         self._rank, self._size, self._seed = rank, size, seed
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
+        self._batches_multiple = batches_multiple
         self._total_samples, self._start_step = total_samples, start_step
 
     # ---- position ----
@@ -208,7 +211,7 @@ class StreamLoader:
         lengths = [len(sample.tokens.input_ids) for sample in samples]
         capacity = self._data.sequence_length
         streams = pack(lengths, capacity) if self._data.packing else [[number] for number in range(len(samples))]
-        ranks = deal(streams, lengths, self._size, self._micro_batch_size)
+        ranks = deal(streams, lengths, self._size, self._micro_batch_size * self._batches_multiple)
         mine = ranks[self._rank]
         decoded, failed = self._decode([samples[number] for stream in mine for number in stream], pool)
         batches = [

@@ -20,7 +20,7 @@ from llava_mcore.data.packing import pack
 from llava_mcore.data.shards import ShardDataset
 from llava_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from llava_mcore.models.initialize import initialize
-from llava_mcore.models.llava import LlavaModel
+from llava_mcore.models.llava import build_model
 from llava_mcore.parallel import groups as process_groups
 from llava_mcore.platform import device
 from llava_mcore.settings import compose
@@ -52,12 +52,17 @@ class Inference:
 
     def __init__(self, settings: Settings, checkpoint: Path | None) -> None:
         self.settings = settings
-        if problems := layout_problems(settings, device.world_size()):
+        problems = layout_problems(settings, device.world_size())
+        for name in ("context", "virtual_pipeline"):
+            if getattr(settings.parallel, name) > 1:
+                problems.append(f"parallel.{name} must be 1 to generate; a checkpoint loads at any layout")
+        if problems:
             raise SettingsError(problems)
         self.place = device.start(settings.parallel.timeout_minutes)
         self.groups = process_groups.build(settings.parallel)
-        model = LlavaModel(settings.model, settings.parallel, settings.train.dtype, self.groups)
-        self.model = model.to(self.place.device).eval()
+        self.model = (
+            build_model(settings.model, settings.parallel, settings.train.dtype, self.groups).to(self.place.device).eval()
+        )
         if checkpoint is None:
             initialize(self.model, settings.train.seed, sharding_metadata(self.groups))
         else:
@@ -148,7 +153,7 @@ def _last_tokens(members: Sequence[Sequence[int]], pieces: Sequence[Piece], capa
 
 
 def settings_of(checkpoint: Path, overrides: Sequence[str]) -> Settings:
-    """The settings a checkpoint was saved with, its own tokenizer, and overrides on top.
+    """The settings a checkpoint was saved with, its own tokenizer, and overrides on top. The layout is not taken over.
 
     An imported checkpoint holds only the model's; the other groups then have their defaults.
 
@@ -157,7 +162,7 @@ def settings_of(checkpoint: Path, overrides: Sequence[str]) -> Settings:
         SettingsError: naming every problem found.
     """
     stored = checkpoint_folder.read_settings(checkpoint_folder.require_checkpoint(checkpoint))
-    values = {"data": {}, "train": {"lr": 1.0}, "parallel": {}, **stored}  # nothing is trained here; lr is only required
+    values = {"data": {}, "train": {"lr": 1.0}, **stored, "parallel": {}}  # nothing is trained here; lr is only required
     tokenizer = checkpoint / checkpoint_folder.TOKENIZER
     if tokenizer.is_dir():
         values["data"] = {**values["data"], "tokenizer": str(tokenizer)}

@@ -6,12 +6,18 @@ Shape suffixes: S stream (or patches), B rows of a batch, N query heads, G key/v
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from torch import Tensor, cat, nn
+
+from llava_mcore.models.context_attention import context_attention
+from llava_mcore.models.flash import flash_attention
+from llava_mcore.parallel.sequence import Partition
 
 
 @dataclass
@@ -24,6 +30,22 @@ class PackedSamples(PackedSeqParams):
 
     qkv_format: str = "sbhd"
     sample_lengths: list[int] = field(default_factory=list)
+    partition: Partition | None = None  # of the samples over the ranks of cp_group
+    exchange: str = "all_gather"  # how those ranks see each other's keys and values
+
+    def ends(self, device: torch.device) -> Tensor:
+        """Where samples begin and end, [samples + 1], int32; copied to ``device`` once a micro-batch, not once a layer."""
+        if self.cu_seqlens_q is None or self.cu_seqlens_q.device != device:
+            ends = torch.tensor([0, *accumulate(self.sample_lengths)], dtype=torch.int32)
+            if device.type == "cuda":
+                ends = ends.pin_memory().to(device, non_blocking=True)
+            self.cu_seqlens_q = ends
+        return self.cu_seqlens_q
+
+    def as_thd(self, device: torch.device) -> PackedSeqParams:
+        """The same in the form Transformer Engine's attention takes."""
+        ends, longest = self.ends(device), max(self.sample_lengths)
+        return PackedSeqParams("thd", cu_seqlens_q=ends, cu_seqlens_kv=ends, max_seqlen_q=longest, max_seqlen_kv=longest)
 
 
 class PackedAttention(nn.Module):
@@ -32,7 +54,8 @@ class PackedAttention(nn.Module):
     The signature is the one Megatron-Core's ``SelfAttention`` builds and calls.
 
     Args:
-        config: supplies nothing but a scale override (``softmax_scale``); dropout must be off.
+        config: supplies a scale override (``softmax_scale``) and whether packed samples go through one flash-attention kernel
+            (``attention_backend``) or one by one through torch's attention; dropout must be off.
         attn_mask_type: ``causal`` or ``no_mask``.
     """
 
@@ -54,6 +77,7 @@ class PackedAttention(nn.Module):
             raise ValueError("attention dropout is not supported: LLaVA models train without it")
         self.causal = attn_mask_type == AttnMaskType.causal
         self.softmax_scale = softmax_scale or config.softmax_scale
+        self.flash = config.attention_backend == AttnBackend.flash
 
     def forward(
         self,
@@ -70,8 +94,20 @@ class PackedAttention(nn.Module):
             raise ValueError("dense masks and biases are not supported: sample boundaries say who attends to whom")
         if packed_seq_params is None:
             return self._attend(query_SBND, key_SBGD, value_SBGD).flatten(2)
-
+        if packed_seq_params.partition is not None:
+            return self._attend_over_ranks(query_SBND, key_SBGD, value_SBGD, packed_seq_params.partition, packed_seq_params)
         lengths = packed_seq_params.sample_lengths
+        if self.flash:
+            output_SND = flash_attention(
+                query_SBND[:, 0],
+                key_SBGD[:, 0],
+                value_SBGD[:, 0],
+                packed_seq_params.ends(query_SBND.device),
+                max(lengths),
+                self.causal,
+                self.softmax_scale,
+            )
+            return output_SND[:, None].flatten(2)
         pieces = [
             self._attend(query_LBND, key_LBGD, value_LBGD)
             for query_LBND, key_LBGD, value_LBGD in zip(
@@ -79,6 +115,18 @@ class PackedAttention(nn.Module):
             )
         ]
         return cat(pieces).flatten(2)
+
+    def _attend_over_ranks(
+        self, query_S1ND: Tensor, key_S1GD: Tensor, value_S1GD: Tensor, partition: Partition, samples: PackedSamples
+    ) -> Tensor:
+        """The same where each context-parallel rank holds a part of every sample."""
+        if not self.causal:
+            raise ValueError("context parallelism is for the causal decoder")
+        scale = self.softmax_scale or query_S1ND.shape[-1] ** -0.5
+        output_SND = context_attention(
+            query_S1ND[:, 0], key_S1GD[:, 0], value_S1GD[:, 0], partition, samples.cp_group, samples.exchange, scale
+        )
+        return output_SND[:, None].flatten(2)
 
     def _attend(self, query_LBND: Tensor, key_LBGD: Tensor, value_LBGD: Tensor) -> Tensor:
         """One attention over whole samples: [L, B, N, D] from [L, B, N|G, D]."""

@@ -10,16 +10,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.activations import quick_gelu
-from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from llava_mcore.settings.schema import ModelSettings, ParallelSettings
+from llava_mcore.models.backend import precision_fields
+from llava_mcore.settings.schema import ModelSettings, ParallelSettings, PrecisionSettings
 
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PORTABLE = PrecisionSettings(backend="torch", attention="sdpa")
 
 
-def _config(dtype: torch.dtype, tensor: int, **fields: Any) -> TransformerConfig:
-    """What tower, projector and decoder have in common."""
+def _config(dtype: torch.dtype, tensor: int, precision: PrecisionSettings, module: str, **fields: Any) -> TransformerConfig:
+    """What tower, projector and decoder have in common; ``precision`` is resolved (``models.backend.resolve``)."""
     return TransformerConfig(
         tensor_model_parallel_size=tensor,
         params_dtype=dtype,
@@ -32,22 +38,59 @@ def _config(dtype: torch.dtype, tensor: int, **fields: Any) -> TransformerConfig
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        apply_rope_fusion=False,
         gradient_accumulation_fusion=False,
-        attention_backend=AttnBackend.local,
+        **precision_fields(precision, module),
         **fields,
     )
 
 
-def decoder_config(model: ModelSettings, parallel: ParallelSettings, dtype: torch.dtype) -> TransformerConfig:
+def layers_of_chunks(parallel: ParallelSettings, num_layers: int) -> list[int]:
+    """Decoder layers of each part of the pipeline, in decoder order; part k stands on stage k % pipeline.
+
+    Raises:
+        ValueError: for ``auto``, which ``training.pipeline_split`` turns into a list first.
+    """
+    if parallel.pipeline_split == "auto":
+        raise ValueError("parallel.pipeline_split=auto must be resolved before a model is built")
+    if isinstance(parallel.pipeline_split, list):
+        return parallel.pipeline_split
+    return [num_layers // parallel.chunks] * parallel.chunks
+
+
+def _pipeline_layout(parallel: ParallelSettings, num_layers: int) -> list[list[str]] | None:
+    """Megatron-Core's description of which stage holds what."""
+    if parallel.pipeline == 1:
+        return None
+    rows = [["decoder"] * count for count in layers_of_chunks(parallel, num_layers)]
+    rows[0].insert(0, "embedding")
+    rows[-1].append("loss")
+    return rows
+
+
+def decoder_config(
+    model: ModelSettings,
+    parallel: ParallelSettings,
+    dtype: torch.dtype,
+    recompute: str,
+    precision: PrecisionSettings = PORTABLE,
+) -> TransformerConfig:
     """The Llama decoder: RMSNorm, SwiGLU, no biases, grouped queries."""
     language = model.language
     return _config(
         dtype,
         parallel.tensor,
+        precision,
+        "language_model",
         pipeline_model_parallel_size=parallel.pipeline,
+        pipeline_model_parallel_layout=_pipeline_layout(parallel, language.num_layers),
+        context_parallel_size=parallel.context,
         pipeline_dtype=dtype,
-        deallocate_pipeline_outputs=True,
+        # An output is freed once it is handed to the transport. Gloo still reads it then, where transfers are not waited for.
+        deallocate_pipeline_outputs=parallel.virtual_pipeline == 1 or torch.cuda.is_available(),
+        # Between two stages an interleaved pipeline sends activations and gradients both ways at once; in one batch of transfers
+        # Megatron-Core would pair them wrongly, one by one it does not.
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        batch_p2p_comm=parallel.virtual_pipeline == 1,
         sequence_parallel=parallel.sequence_parallel,
         calculate_per_token_loss=True,
         num_layers=language.num_layers,
@@ -61,17 +104,27 @@ def decoder_config(model: ModelSettings, parallel: ParallelSettings, dtype: torc
         activation_func=F.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
+        **RECOMPUTE[recompute],
         # Handed to our own rotary embedding (models/language.py), which has no use for it.
         mrope_section=[language.head_dim // 2],
     )
 
 
-def tower_config(model: ModelSettings, parallel: ParallelSettings, dtype: torch.dtype) -> TransformerConfig:
+def _encoder_tensor(parallel: ParallelSettings) -> int:
+    """Tensor-parallel size of tower and projector."""
+    return parallel.tensor if parallel.encoder == "tensor_parallel" else 1
+
+
+def tower_config(
+    model: ModelSettings, parallel: ParallelSettings, dtype: torch.dtype, precision: PrecisionSettings = PORTABLE
+) -> TransformerConfig:
     """The CLIP tower: LayerNorm, quick GELU, biases everywhere. It stands whole on the first stage."""
     vision = model.vision
     return _config(
         dtype,
-        parallel.tensor,
+        _encoder_tensor(parallel),
+        precision,
+        "vision_tower",
         num_layers=vision.used_layers,
         hidden_size=vision.hidden_size,
         ffn_hidden_size=vision.ffn_hidden_size,
@@ -83,15 +136,19 @@ def tower_config(model: ModelSettings, parallel: ParallelSettings, dtype: torch.
     )
 
 
-def projector_config(model: ModelSettings, parallel: ParallelSettings, dtype: torch.dtype) -> TransformerConfig:
+def projector_config(
+    model: ModelSettings, parallel: ParallelSettings, dtype: torch.dtype, precision: PrecisionSettings = PORTABLE
+) -> TransformerConfig:
     """The projector: as wide as the decoder, exact (erf) GELU."""
     return _config(
         dtype,
-        parallel.tensor,
+        _encoder_tensor(parallel),
+        precision,
+        "projector",
         num_layers=1,
         hidden_size=model.language.hidden_size,
         ffn_hidden_size=model.language.hidden_size,
-        num_attention_heads=1 if parallel.tensor == 1 else parallel.tensor,
+        num_attention_heads=_encoder_tensor(parallel),  # it has none, but they must be divisible
         activation_func=F.gelu,
         add_bias_linear=True,
     )

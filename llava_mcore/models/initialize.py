@@ -12,29 +12,30 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
 
-from llava_mcore.models.llava import LlavaModel
+from llava_mcore.models.llava import ModelParts
 from llava_mcore.settings.schema import ModelSettings
 
 
-def initialize(model: LlavaModel, seed: int, metadata: dict) -> None:
+def initialize(model: ModelParts, seed: int, metadata: dict) -> None:
     """Fills every parameter in place.
 
     Matrices and embeddings of tower and decoder are normal with ``init_std``; norms one and zero; biases zero; the projector
     is uniform in +-1/sqrt(inputs), weights and biases, as torch initialises a linear layer and as LLaVA starts it.
 
     Args:
-        model: the part of the model this rank holds.
+        model: the parts of the model this rank holds (``models.llava.build_model``).
         seed: same seed, same weights, whatever the layout.
         metadata: of the sharded state dict (``training.checkpoint.sharding_metadata``).
     """
-    state = model.sharded_state_dict(metadata=metadata)
-    apply_factories(state)  # a gated MLP is stored as two tensors, which are views of the one parameter
-    for shard in nested_values(state):
-        if isinstance(shard, ShardedTensor):
-            whole = _draw(shard.key, shard.global_shape, model.settings, seed)
-            window = tuple(slice(at, at + size) for at, size in zip(shard.global_offset, shard.local_shape, strict=True))
-            with torch.no_grad():
-                shard.data.copy_(whole[window])
+    for chunk in model:
+        state = chunk.sharded_state_dict(metadata=metadata)
+        apply_factories(state)  # a gated MLP is stored as two tensors, which are views of the one parameter
+        for shard in nested_values(state):
+            if isinstance(shard, ShardedTensor):
+                whole = _draw(shard.key, shard.global_shape, chunk.settings, seed)
+                window = tuple(slice(at, at + size) for at, size in zip(shard.global_offset, shard.local_shape, strict=True))
+                with torch.no_grad():
+                    shard.data.copy_(whole[window])
 
 
 def _draw(name: str, shape: tuple[int, ...], model: ModelSettings, seed: int) -> Tensor:

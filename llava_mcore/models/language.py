@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from llava_mcore.models.layers import block_spec
+from llava_mcore.models.layers import block_spec, parts_of
 from llava_mcore.settings.schema import LanguageSettings
 
 IGNORED = -100
@@ -51,6 +51,7 @@ class LanguageModel(GPTModel):
         groups: process groups.
         pre_process: whether this stage holds the embedding.
         post_process: whether this stage holds the final norm and the head.
+        vp_stage: which of its parts of an interleaved pipeline this is; None where there is only one.
     """
 
     def __init__(
@@ -60,11 +61,12 @@ class LanguageModel(GPTModel):
         groups: ProcessGroupCollection,
         pre_process: bool,
         post_process: bool,
+        vp_stage: int | None = None,
     ) -> None:
-        num_layers = get_num_layers_to_build(config, None, groups.pp.rank())
+        num_layers = get_num_layers_to_build(config, vp_stage, groups.pp.rank())
         super().__init__(
             config,
-            block_spec(AttnMaskType.causal, num_layers),
+            block_spec(AttnMaskType.causal, num_layers, parts_of(config)),
             language.padded_vocab_size,
             language.max_position_embeddings,
             pre_process=pre_process,
@@ -75,6 +77,7 @@ class LanguageModel(GPTModel):
             # Image embeddings are spliced in before the stream is split over the tensor-parallel ranks.
             scatter_embedding_sequence_parallel=False,
             pg_collection=groups,
+            vp_stage=vp_stage,
         )
         self.rotary_pos_emb = RotaryEmbedding(language.head_dim, language.rotary_base)
         rows = language.padded_vocab_size // groups.tp.size()

@@ -1,7 +1,9 @@
-"""The one place that says what a layer is made of: portable torch norms and attention around Megatron-Core's parallel linears."""
+"""The one place that says what a layer is made of: portable torch norms and attention around Megatron-Core's parallel linears, or
+the layers of Transformer Engine."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +11,8 @@ import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
@@ -51,33 +54,67 @@ class Norm(nn.Module):
         return F.rms_norm(x, self.shape, self.weight, self.eps)
 
 
-def mlp_submodules() -> MLPSubmodules:
-    """Column-parallel into the MLP, row-parallel out of it."""
-    return MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+@dataclass(frozen=True)
+class Parts:
+    """The modules that layers are put together from."""
+
+    norm: type
+    column: type
+    row: type
+    attention: type
+    norm_column: type | None = None  # a norm and the linear that follows it in one, where there is such a module
 
 
-def layer_spec(mask: AttnMaskType) -> ModuleSpec:
+TORCH = Parts(norm=Norm, column=ColumnParallelLinear, row=RowParallelLinear, attention=PackedAttention)
+
+
+def parts_of(config: TransformerConfig) -> Parts:
+    """The parts of the backend that ``config.transformer_impl`` names.
+
+    Attention is the portable one under Transformer Engine too where it was asked for (``AttnBackend.local``) and under context
+    parallelism, whose exchange of keys and values is our own (models/context_attention.py).
+    """
+    if config.transformer_impl != "transformer_engine":
+        return TORCH
+    from llava_mcore.models import transformer_engine as te
+
+    portable = config.attention_backend == AttnBackend.local or config.context_parallel_size > 1
+    return Parts(
+        norm=te.NORM,
+        column=te.COLUMN,
+        row=te.ROW,
+        attention=PackedAttention if portable else te.PackedTEAttention,
+        norm_column=te.NORM_COLUMN,
+    )
+
+
+def mlp_submodules(parts: Parts = TORCH) -> MLPSubmodules:
+    """Column-parallel into the MLP, row-parallel out of it; no norm."""
+    return MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row)
+
+
+def layer_spec(mask: AttnMaskType, parts: Parts = TORCH) -> ModuleSpec:
     """A pre-norm transformer layer whose samples attend causally (decoder) or fully (``no_mask``, tower)."""
+    fused = parts.norm_column is not None
+    norm, into = (IdentityOp, parts.norm_column) if fused else (parts.norm, parts.column)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=Norm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": mask},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear, core_attention=PackedAttention, linear_proj=RowParallelLinear
-                ),
+                submodules=SelfAttentionSubmodules(linear_qkv=into, core_attention=parts.attention, linear_proj=parts.row),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=Norm,
-            mlp=ModuleSpec(module=MLP, submodules=mlp_submodules()),
+            pre_mlp_layernorm=norm,
+            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=into, linear_fc2=parts.row)),
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map=CHECKPOINT_NAMES,
+            sharded_state_dict_keys_map={} if fused else CHECKPOINT_NAMES,
         ),
     )
 
 
-def block_spec(mask: AttnMaskType, num_layers: int) -> TransformerBlockSubmodules:
+def block_spec(mask: AttnMaskType, num_layers: int, parts: Parts = TORCH) -> TransformerBlockSubmodules:
     """``num_layers`` layers (those of this stage) and a final norm."""
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(mask)] * num_layers, layer_norm=Norm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(mask, parts)] * num_layers, layer_norm=parts.norm)

@@ -1,10 +1,14 @@
 """The LLaVA model (Liu et al., 2023): tower, projector, splice by index, decoder. Reads like one device; groups do the rest.
 
-Shape suffixes: T tokens of a micro-batch (all its streams end to end), T' those of one sequence-parallel rank, E image
-embeddings, N pictures, P patches, H width of the decoder, V vocabulary (one tensor-parallel rank's part).
+Shape suffixes: T tokens of a micro-batch (all its streams end to end), C those of one context-parallel rank, S those of one
+sequence-parallel rank, E image embeddings (e those among this rank's tokens), N pictures (n those this rank encodes), P patches,
+H width of the decoder, V vocabulary (one tensor-parallel rank's part).
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
@@ -25,20 +29,47 @@ from llava_mcore.models.config import DTYPES, decoder_config, projector_config, 
 from llava_mcore.models.language import LanguageModel
 from llava_mcore.models.layers import mlp_submodules
 from llava_mcore.models.vision import VisionTower
+from llava_mcore.parallel.encoder import deal, gather_embeddings
 from llava_mcore.parallel.groups import Groups
+from llava_mcore.parallel.sequence import partition
 from llava_mcore.settings.schema import ModelSettings, ParallelSettings
 
 
 def mark_partitioned(model: torch.nn.Module) -> None:
-    """Marks the weights that are split over tensor-parallel ranks.
+    """Marks which parameters are split over tensor-parallel ranks, and which are copies.
 
-    Megatron-Core does so only where it initialises them itself; unmarked, they pass for copies, and the gradient norm counts the
-    first rank's part alone.
+    Megatron-Core marks weights only where it initialises them itself, and biases even where the group is of one rank (an encoder
+    that is whole on every rank). Wrongly marked, parameters are counted once too often or too seldom in the gradient norm.
     """
     for module in model.modules():
-        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear)) and module.weight is not None:
-            dim = 1 if isinstance(module, RowParallelLinear) else 0
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding, RowParallelLinear)):
+            split = module.tp_group.size() > 1
+            if module.weight is not None:
+                dim = 1 if isinstance(module, RowParallelLinear) else 0
+                set_tensor_model_parallel_attributes(module.weight, is_parallel=split, dim=dim, stride=1)
+            if isinstance(module, ColumnParallelLinear) and module.bias is not None:
+                module.bias.tensor_model_parallel = split
+
+
+class ModelParts(torch.nn.ModuleList):
+    """The parts of the model that one rank holds: one, or several of an interleaved pipeline."""
+
+    @property
+    def settings(self) -> ModelSettings:
+        """Sizes of the whole model."""
+        return next(iter(self)).settings
+
+    def __iter__(self) -> Iterator[LlavaModel]:
+        return super().__iter__()  # type: ignore[return-value]
+
+
+def build_model(
+    model: ModelSettings, parallel: ParallelSettings, dtype: str, groups: Groups, recompute: str = "none"
+) -> ModelParts:
+    """What one rank holds of the model; the arguments are those of :class:`LlavaModel`."""
+    return ModelParts(
+        LlavaModel(model, parallel, dtype, groups, recompute, vp_stage) for vp_stage in range(parallel.virtual_pipeline)
+    )
 
 
 class LlavaModel(MegatronModule):
@@ -51,16 +82,28 @@ class LlavaModel(MegatronModule):
         parallel: the layout.
         dtype: "float32" or "bfloat16", of weights and activations.
         groups: process groups of this rank.
+        recompute: which decoder activations are computed again in the backward pass.
+        vp_stage: which of its parts of an interleaved pipeline this is.
     """
 
-    def __init__(self, model: ModelSettings, parallel: ParallelSettings, dtype: str, groups: Groups) -> None:
-        config = decoder_config(model, parallel, DTYPES[dtype])
+    def __init__(
+        self,
+        model: ModelSettings,
+        parallel: ParallelSettings,
+        dtype: str,
+        groups: Groups,
+        recompute: str = "none",
+        vp_stage: int = 0,
+    ) -> None:
+        config = decoder_config(model, parallel, DTYPES[dtype], recompute)
         super().__init__(config)
-        self.settings = model
+        self.settings, self.parallel = model, parallel
         self.groups = groups
         self.tp_group = groups.tp
+        self.vp_stage = vp_stage if parallel.virtual_pipeline > 1 else None
         self.model_type = ModelType.encoder_or_decoder
-        self.pre_process, self.post_process = groups.is_first_stage, groups.is_last_stage
+        self.pre_process = groups.is_first_stage and vp_stage == 0
+        self.post_process = groups.is_last_stage and vp_stage == parallel.virtual_pipeline - 1
         self.share_embeddings_and_output_weights = model.language.tie_word_embeddings
         if self.pre_process:
             self.vision_tower = VisionTower(tower_config(model, parallel, DTYPES[dtype]), model.vision, groups.tower)
@@ -70,9 +113,11 @@ class LlavaModel(MegatronModule):
                 MLPSubmodules(linear_fc1=ColumnParallelLinear) if affine else mlp_submodules(),
                 "affine" if affine else "mlp",
                 model.vision.hidden_size,
-                tp_group=groups.tp,
+                tp_group=groups.tower.tp,
             )
-        self.language_model = LanguageModel(config, model.language, groups.mcore, self.pre_process, self.post_process)
+        self.language_model = LanguageModel(
+            config, model.language, groups.mcore, self.pre_process, self.post_process, self.vp_stage
+        )
         mark_partitioned(self)
 
     def set_input_tensor(self, input_tensor: list[Tensor] | Tensor) -> None:
@@ -83,28 +128,51 @@ class LlavaModel(MegatronModule):
         """The weight the first and the last stage both hold where the head is tied; Megatron-Core sums its gradients."""
         return self.language_model.shared_embedding_or_output_weight()
 
+    def encoder_parameters(self) -> list[torch.nn.Parameter]:
+        """Parameters of tower and projector, where this part holds them."""
+        return [*self.vision_tower.parameters(), *self.projector.parameters()] if self.pre_process else []
+
     def encode_images(self, pixel_values_NChw: Tensor) -> Tensor:
         """Pixels [N, 3, h, w] to decoder embeddings [E, H], picture after picture in raster order; N may be 0."""
-        if pixel_values_NChw.shape[0] == 0:
+        if self.parallel.encoder == "tensor_parallel" or self.groups.encoders.size() == 1:
+            return self._encode(pixel_values_NChw)
+        # Pictures are square and of one size here, so each costs the same.
+        dealt = deal((1.0,) * len(pixel_values_NChw), self.groups.encoders.size())
+        own_eH = self._encode(pixel_values_NChw[list(dealt[self.groups.encoders.rank()])])
+        each = [self.settings.vision.embeddings_per_image] * len(pixel_values_NChw)
+        return gather_embeddings(own_eH, dealt, each, self.groups.encoders, self.groups.cp) if each else own_eH
+
+    def _encode(self, pixel_values_nChw: Tensor) -> Tensor:
+        """What this rank encodes itself."""
+        if pixel_values_nChw.shape[0] == 0:
             # Megatron-Core's layers cannot run on nothing. A blank picture that goes nowhere gives every parameter its (zero)
             # gradient and keeps every collective in step with the other ranks.
             size = self.settings.vision.image_size
-            return self.encode_images(pixel_values_NChw.new_zeros(1, 3, size, size))[:0]
-        features_NPH = self.vision_tower(pixel_values_NChw)
-        return self.projector(features_NPH.flatten(0, 1))
+            return self._encode(pixel_values_nChw.new_zeros(1, 3, size, size))[:0]
+        tower_trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+        with contextlib.nullcontext() if tower_trains else torch.no_grad():  # a frozen tower stores no activations
+            features_nPH = self.vision_tower(pixel_values_nChw)
+        return self.projector(features_nPH.flatten(0, 1))
 
-    def embed(self, input_ids_T: Tensor, pixel_values_NChw: Tensor, image_index_E: Tensor) -> Tensor:
-        """Token and image embeddings in their places: [T', 1, H].
+    def embed(self, input_ids_C: Tensor, pixel_values_NChw: Tensor, image_places: tuple[Tensor, Tensor | None]) -> Tensor:
+        """Token and image embeddings in their places: [S, 1, H].
 
-        Every tensor-parallel rank computes the whole stream here and keeps its own part, so the projector's gradient is complete
-        on each of them.
+        Args:
+            input_ids_C: of this context-parallel rank.
+            pixel_values_NChw: of the whole stream.
+            image_places: where the image embeddings go among this rank's tokens [e], and which of all E they are (None: all).
+
+        Every tensor-parallel rank computes all C tokens here and keeps its own part, so the gradient of the embeddings is
+        complete on each of them.
         """
-        text_T1H = self.language_model.embedding(input_ids=input_ids_T[None], position_ids=None)
+        text_C1H = self.language_model.embedding(input_ids=input_ids_C[None], position_ids=None)
         image_EH = self.encode_images(pixel_values_NChw)
-        hidden_T1H = text_T1H.index_copy(0, image_index_E, image_EH[:, None])
+        places_e, chosen_e = image_places
+        image_eH = image_EH if chosen_e is None else image_EH[chosen_e]
+        hidden_C1H = text_C1H.index_copy(0, places_e, image_eH[:, None])
         if self.config.sequence_parallel:
-            return scatter_to_sequence_parallel_region(hidden_T1H, group=self.groups.tp)
-        return hidden_T1H
+            return scatter_to_sequence_parallel_region(hidden_C1H, group=self.groups.tp)
+        return hidden_C1H
 
     def forward(
         self,
@@ -126,17 +194,26 @@ class LlavaModel(MegatronModule):
             labels_T: int64, already shifted, -100 where nothing is predicted.
 
         Returns:
-            on the last stage the loss of each token [T] in float32 (0 where the label is -100), or without labels the logits
-            [T, V]; on other stages the activations [T', 1, H].
+            on the last stage the loss of each token [C] in float32 (0 where the label is -100), or without labels the logits
+            [C, V]; on other stages the activations [S, 1, H]. C is T where there is no context parallelism; with it the tokens
+            are those of ``parallel.sequence.partition``.
         """
-        decoder_input = self.embed(input_ids_T, pixel_values_NChw, image_index_E) if self.pre_process else None
+        samples = PackedSamples(sample_lengths=sample_lengths)
+        image_places: tuple[Tensor, Tensor | None] = (image_index_E, None)
+        if self.groups.cp.size() > 1:
+            samples.partition = partition(tuple(sample_lengths), self.groups.cp.size())
+            samples.cp_group, samples.exchange = self.groups.cp, self.parallel.context_exchange
+            own_C = torch.from_numpy(samples.partition.index(self.groups.cp.rank())).to(input_ids_T.device)
+            image_places = _places_among(own_C, image_index_E, len(input_ids_T))
+            input_ids_T, position_ids_T = input_ids_T[own_C], position_ids_T[own_C]
+            labels_T = None if labels_T is None else labels_T[own_C]
         output = self.language_model(
             input_ids=None,
             position_ids=position_ids_T[None],
             attention_mask=None,
-            decoder_input=decoder_input,
+            decoder_input=self.embed(input_ids_T, pixel_values_NChw, image_places) if self.pre_process else None,
             labels=None if labels_T is None else labels_T[None],
-            packed_seq_params=PackedSamples(sample_lengths=sample_lengths),
+            packed_seq_params=samples,
         )
         if self.post_process:
             return output[0]
@@ -147,3 +224,12 @@ class LlavaModel(MegatronModule):
         """One rank's part of the logits to all of them, [T, vocab_size]; on the last stage only."""
         masked_TV = self.language_model.mask_padded_vocabulary(logits_TV)
         return gather_from_tensor_model_parallel_region(masked_TV, group=self.groups.tp)[:, : self.settings.language.vocab_size]
+
+
+def _places_among(own_C: Tensor, image_index_E: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Where this rank's tokens ``own_C`` of a stream hold image embeddings, and which of all they are."""
+    place_of_T = torch.full((total,), -1, dtype=torch.int64, device=own_C.device)
+    place_of_T[own_C] = torch.arange(len(own_C), device=own_C.device)
+    places_E = place_of_T[image_index_E]
+    chosen_e = (places_E >= 0).nonzero()[:, 0]
+    return places_E[chosen_e], chosen_e

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fp8_utils import get_fp8_align_size
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -14,7 +15,8 @@ from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from llava_mcore.models.layers import Norm, block_spec
+from llava_mcore.models.backend import padded_pictures
+from llava_mcore.models.layers import Norm, block_spec, parts_of
 from llava_mcore.settings.schema import VisionSettings
 
 
@@ -60,14 +62,22 @@ class VisionTower(MegatronModule):
         self.position_embedding = nn.Parameter(torch.empty(num_positions, vision.hidden_size, dtype=config.params_dtype))
         self.pre_layernorm = Norm(config, vision.hidden_size, vision.norm_eps)
         self.encoder = TransformerBlock(
-            config, block_spec(AttnMaskType.no_mask, config.num_layers), post_layer_norm=False, pg_collection=groups
+            config,
+            block_spec(AttnMaskType.no_mask, config.num_layers, parts_of(config)),
+            post_layer_norm=False,
+            pg_collection=groups,
         )
 
     def forward(self, pixels_NChw: Tensor) -> Tensor:
         """Pixels [N, 3, h, w] to features [N, P or K, H]."""
+        pictures = pixels_NChw.shape[0]
+        if self.config.fp8:  # its products need rows in multiples, K is odd: blank pictures make them up
+            multiple = get_fp8_align_size(self.config.fp8_recipe)
+            blank = padded_pictures(pictures, self.position_embedding.shape[0], multiple) - pictures
+            pixels_NChw = F.pad(pixels_NChw, (0, 0, 0, 0, 0, 0, 0, blank))
         patches_NPH = self.patch_embedding(pixels_NChw.to(self.patch_embedding.weight.dtype))
         class_N1H = self.class_embedding.expand(patches_NPH.shape[0], 1, -1)
         hidden_NKH = self.pre_layernorm(torch.cat([class_N1H, patches_NPH], dim=1) + self.position_embedding)
         hidden_KNH = self.encoder(hidden_NKH.transpose(0, 1).contiguous(), attention_mask=None)
-        hidden_NKH = hidden_KNH.transpose(0, 1)
+        hidden_NKH = hidden_KNH.transpose(0, 1)[:pictures]
         return hidden_NKH if self.keep_class_token else hidden_NKH[:, 1:]

@@ -36,10 +36,12 @@ def share_steps(steps: Iterator[Any] | None, groups: Groups, device: torch.devic
         device: where pixels are received.
 
     Raises:
-        whatever the loader raised, on every rank.
+        whatever the loader of any replica raised, on every rank.
     """
     while True:
         kind, step, pixels = _next(steps) if steps is not None else ("", None, [])
+        if steps is not None:
+            kind, step = _with_first_error(kind, step, groups.dp)
         payload: Any
         kind, payload, shapes = from_first((kind, step, [tensor.shape for tensor in pixels]), groups.replica)
         if kind == "end":
@@ -49,10 +51,20 @@ def share_steps(steps: Iterator[Any] | None, groups: Groups, device: torch.devic
         if groups.is_first_stage:
             for number, (batch, shape) in enumerate(zip(payload.batches, shapes, strict=True)):
                 here = pixels[number].to(device) if steps is not None else torch.empty(shape, device=device)
-                if groups.tp.size() > 1:
-                    dist.broadcast(here, group=groups.tp, group_src=0)
+                if groups.encoders.size() > 1:
+                    dist.broadcast(here, group=groups.encoders, group_src=0)
                 batch.pixel_values_NCHW = here
         yield payload
+
+
+def _with_first_error(kind: str, payload: Any, readers: dist.ProcessGroup) -> tuple[str, Any]:
+    """What one reader has got, or the error that another has met: each replica reads other pictures, and all must stop."""
+    if readers.size() == 1:
+        return kind, payload
+    errors: list[Exception | None] = [None] * readers.size()
+    dist.all_gather_object(errors, payload if kind == "error" else None, group=readers)
+    error = next((error for error in errors if error is not None), None)
+    return (kind, payload) if error is None else ("error", error)
 
 
 def _next(steps: Iterator[Any]) -> tuple[str, Any, list[Tensor]]:

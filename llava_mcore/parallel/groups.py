@@ -24,12 +24,14 @@ class Groups:
 
     Attributes:
         mcore: Megatron-Core's collection, handed to its model, optimizer and schedules.
-        tower: the collection of the vision tower: the decoder's tensor-parallel group and no pipeline, as the tower lives whole
-            on the first stage.
+        tower: the collection of the vision tower, which has no pipeline as it lives whole on the first stage: the decoder's
+            tensor-parallel group, or groups of one rank where each encodes its own pictures.
+        replica: the ranks that hold one copy of the model and work on the same streams (tensor x context x pipeline).
     """
 
     mcore: ProcessGroupCollection
     tower: ProcessGroupCollection
+    replica: dist.ProcessGroup
 
     @property
     def tp(self) -> dist.ProcessGroup:
@@ -47,9 +49,14 @@ class Groups:
         return self.mcore.dp
 
     @property
-    def replica(self) -> dist.ProcessGroup:
-        """The ranks that hold one copy of the model together (tensor x pipeline)."""
-        return self.mcore.mp
+    def cp(self) -> dist.ProcessGroup:
+        """Context-parallel group."""
+        return self.mcore.cp
+
+    @property
+    def encoders(self) -> dist.ProcessGroup:
+        """The ranks of the first stage that share the pictures of a stream (tensor x context)."""
+        return self.mcore.tp_cp
 
     @property
     def is_first_stage(self) -> bool:
@@ -77,6 +84,8 @@ def build(parallel: ParallelSettings, seed: int = 0) -> Groups:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        context_parallel_size=parallel.context,
         distributed_timeout_minutes=max(1, int(parallel.timeout_minutes)),
         create_gloo_process_groups=False,
     )
@@ -85,8 +94,20 @@ def build(parallel: ParallelSettings, seed: int = 0) -> Groups:
         mcore = ProcessGroupCollection.use_mpu_process_groups()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed + 1, tp_rank=mcore.tp.rank(), ep_rank=0, etp_rank=0, force_reset_rng=True)
-    tower = ProcessGroupCollection(tp=mcore.tp, pp=None, cp=None)
-    return Groups(mcore, tower)
+    alone, _ = dist.new_subgroups(group_size=1)
+    tower_tp = alone if parallel.encoder == "data_parallel" else mcore.tp
+    replica = _with_same_rank_in(mcore.dp)
+    return Groups(mcore, ProcessGroupCollection(tp=tower_tp, pp=None, cp=None), replica)
+
+
+def _with_same_rank_in(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """The ranks, over all copies of ``group``, that stand at the same place in theirs."""
+    places = [0] * dist.get_world_size()
+    dist.all_gather_object(places, group.rank())
+    found, _ = dist.new_subgroups_by_enumeration(
+        [[rank for rank, place in enumerate(places) if place == wanted] for wanted in range(group.size())]
+    )
+    return found
 
 
 def destroy() -> None:

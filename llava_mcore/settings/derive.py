@@ -50,7 +50,7 @@ def derive(settings: Settings, num_samples: int, world_size: int) -> Derived:
     return Derived(
         num_samples=num_samples,
         world_size=world_size,
-        data_parallel=world_size // (parallel.tensor * parallel.pipeline),
+        data_parallel=world_size // parallel.model_ranks,
         steps=steps,
         warmup_steps=math.ceil(Fraction(str(train.warmup_ratio)) * steps),
         total_samples=total_samples,

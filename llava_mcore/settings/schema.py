@@ -193,6 +193,9 @@ class TrainSettings:
     )
     output_dir: str = Field("runs/default", description="checkpoints, logs and the composed settings go here")
     resume: bool = Field(True, description="go on from the newest checkpoint in output_dir, if there is one")
+    recompute: Literal["none", "selective", "full"] = Field(
+        "none", description="decoder activations computed again in the backward pass: none, those of attention, or all but inputs"
+    )
     save_every: NonNegative = Field(500, description="steps between checkpoints; 0 saves only at the end")
     keep_checkpoints: NonNegative = Field(2, description="newest checkpoints that are kept; 0 keeps all")
     log_every: Positive = Field(1, description="steps between console lines")
@@ -207,21 +210,98 @@ class ParallelSettings:
 
     tensor: Positive = Field(1, description="tensor-parallel ranks")
     pipeline: Positive = Field(1, description="pipeline stages")
+    context: Positive = Field(1, description="context-parallel ranks: each holds a part of every sample")
     sequence: bool = Field(True, description="sequence parallelism; takes effect where tensor > 1")
+    virtual_pipeline: Positive = Field(
+        1, description="parts of the decoder that each pipeline stage holds (interleaved schedule)"
+    )
+    pipeline_split: Literal["even", "auto"] | list[NonNegative] = Field(
+        "even", description="decoder layers of each stage: even, auto (by cost, the encoder counted), or a list in decoder order"
+    )
+    context_exchange: Literal["all_gather", "ring"] = Field(
+        "all_gather", description="how context-parallel ranks see each other's keys and values"
+    )
+    encoder: Literal["data_parallel", "tensor_parallel"] = Field(
+        "data_parallel",
+        description="tower and projector: whole on each rank of the first stage, pictures dealt out; or split over tensor",
+    )
     overlap_grad_reduce: bool = Field(False, description="reduce gradients while the backward pass still runs")
     overlap_param_gather: bool = Field(False, description="gather updated parameters during the next forward pass")
     timeout_minutes: float = Field(10.0, gt=0, description="a collective that takes longer ends the run")
 
     @model_validator(mode="after")
     def _check(self) -> ParallelSettings:
+        problems = []
         if self.overlap_param_gather and not self.overlap_grad_reduce:
-            raise ValueError("overlap_param_gather needs overlap_grad_reduce=true")
+            problems.append("overlap_param_gather needs overlap_grad_reduce=true")
+        if self.virtual_pipeline > 1 and self.pipeline == 1:
+            problems.append(f"virtual_pipeline {self.virtual_pipeline} needs pipeline > 1")
+        if isinstance(self.pipeline_split, list) and len(self.pipeline_split) != self.chunks:
+            problems.append(
+                f"pipeline_split {self.pipeline_split} has {len(self.pipeline_split)} entries; pipeline x virtual_pipeline needs "
+                f"{self.chunks}"
+            )
+        _fail_on(problems)
         return self
 
     @property
     def sequence_parallel(self) -> bool:
         """Whether activations between tensor-parallel regions are split along the stream."""
         return self.sequence and self.tensor > 1
+
+    @property
+    def chunks(self) -> int:
+        """Parts the decoder is cut into."""
+        return self.pipeline * self.virtual_pipeline
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that work on one stream together."""
+        return self.tensor * self.pipeline * self.context
+
+
+@dataclass(config=STRICT, kw_only=True)
+class PrecisionSettings:
+    """What layers are made of and in which precision they multiply. What the machine lacks is refused at the start of a run."""
+
+    backend: Literal["auto", "torch", "transformer_engine"] = Field(
+        "auto", description="layers; auto: Transformer Engine where it is installed, on a GPU and in bfloat16, else torch"
+    )
+    attention: Literal["auto", "sdpa", "flash", "fused"] = Field(
+        "auto",
+        description="attention: torch's sdpa, flash (torch's varlen_attn or flash-attn), fused (cuDNN, by Transformer Engine), "
+        "or the fastest there is",
+    )
+    fp8: Literal["hybrid", "e4m3"] | None = Field(
+        None, description="FP8 matrix products (null: none); hybrid: e4m3 forward, e5m2 for gradients"
+    )
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = Field(
+        "tensorwise", description="where FP8 scales come from: earlier steps, the tensor, its blocks, or blocks of 32 (Blackwell)"
+    )
+    fp8_first_last_bf16: NonNegative = Field(0, description="decoder layers at each end that stay in bfloat16")
+    fp8_modules: list[Literal["language_model", "projector", "vision_tower"]] = Field(
+        default_factory=lambda: ["language_model"], description="modules that multiply in FP8; embedding and head never do"
+    )
+    fp8_param_gather: bool = Field(False, description="keep and gather the FP8 modules' weights in FP8 (float32 masters stay)")
+
+    @model_validator(mode="after")
+    def _check(self) -> PrecisionSettings:
+        problems = []
+        if self.fp8 and not self.fp8_modules:
+            problems.append("fp8_modules is empty; name a module or set fp8=null")
+        if self.fp8 and self.fp8_recipe == "delayed" and self.fp8_first_last_bf16:
+            problems.append("fp8_first_last_bf16 and fp8_recipe=delayed exclude each other; use fp8_recipe=tensorwise")
+        if self.fp8 and self.fp8_recipe == "mxfp8" and self.fp8_param_gather:
+            problems.append("fp8_param_gather is not supported with fp8_recipe=mxfp8; set fp8_param_gather=false")
+        if self.fp8_param_gather and not self.fp8:
+            problems.append("fp8_param_gather needs fp8=hybrid or fp8=e4m3")
+        _fail_on(problems)
+        return self
+
+    @property
+    def fp8_multiple(self) -> int:
+        """What the rows and columns of an FP8 matrix product must be a multiple of."""
+        return 32 if self.fp8_recipe == "mxfp8" else 16
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -232,6 +312,7 @@ class Settings:
     data: DataSettings
     train: TrainSettings
     parallel: ParallelSettings
+    precision: PrecisionSettings = Field(default_factory=PrecisionSettings)
 
     @model_validator(mode="after")
     def _check(self) -> Settings:
@@ -259,35 +340,48 @@ def layout_problems(settings: Settings, world_size: int | None = None) -> list[s
         world_size: processes started, where known.
     """
     parallel, language, vision = settings.parallel, settings.model.language, settings.model.vision
-    tensor, pipeline = parallel.tensor, parallel.pipeline
+    tensor, context = parallel.tensor, parallel.context
     problems = []
-    for name, count in (
+    split_over_tensor = [
         ("model.language.num_attention_heads", language.num_attention_heads),
         ("model.language.num_query_groups", language.query_groups),
         ("model.language.ffn_hidden_size", language.ffn_hidden_size),
-        ("model.language.hidden_size", language.hidden_size),
-        ("model.vision.num_attention_heads", vision.num_attention_heads),
-        ("model.vision.ffn_hidden_size", vision.ffn_hidden_size),
         (f"the vocabulary padded to {VOCAB_MULTIPLE}", language.padded_vocab_size),
-    ):
+    ]
+    if parallel.encoder == "tensor_parallel":
+        split_over_tensor += [
+            ("model.language.hidden_size", language.hidden_size),  # the projector's width
+            ("model.vision.num_attention_heads", vision.num_attention_heads),
+            ("model.vision.ffn_hidden_size", vision.ffn_hidden_size),
+        ]
+    for name, count in split_over_tensor:
         if count % tensor:
-            problems.append(f"{name} ({count}) is not divisible by parallel.tensor={tensor}; use a divisor of {count}")
-    if language.num_layers % pipeline:
+            problems.append(f"{name} ({count}) is not divisible by parallel.tensor={tensor}; use {_divisors(count)}")
+    layers, split = language.num_layers, parallel.pipeline_split
+    if split == "even" and layers % parallel.chunks:
         problems.append(
-            f"model.language.num_layers ({language.num_layers}) is not divisible by parallel.pipeline={pipeline}; "
-            f"use a divisor of {language.num_layers}"
+            f"model.language.num_layers ({layers}) is not divisible by parallel.pipeline={parallel.pipeline}"
+            f"{f' x parallel.virtual_pipeline={parallel.virtual_pipeline}' if parallel.virtual_pipeline > 1 else ''}; "
+            f"use {_divisors(layers)}, or parallel.pipeline_split=auto"
         )
+    if isinstance(split, list) and sum(split) != layers:
+        problems.append(f"parallel.pipeline_split={split} holds {sum(split)} layers, model.language.num_layers is {layers}")
     stream = settings.data.sequence_length * settings.train.micro_batch_size
-    if parallel.sequence_parallel and stream % tensor:
+    parts = context * (tensor if parallel.sequence_parallel else 1)
+    if stream % parts:
         problems.append(
-            f"data.sequence_length x train.micro_batch_size ({stream}) is not divisible by parallel.tensor={tensor}, "
-            f"as sequence parallelism needs; use a multiple or parallel.sequence=false"
+            f"data.sequence_length x train.micro_batch_size ({stream}) is not divisible by {parts}, as context parallelism "
+            f"(parallel.context={context}) and sequence parallelism (parallel.tensor={tensor}) need; use a multiple of {parts}"
         )
-    if world_size is not None:
-        model_ranks = tensor * pipeline
-        if world_size % model_ranks:
-            problems.append(
-                f"{world_size} processes cannot hold parallel.tensor={tensor} x parallel.pipeline={pipeline} = {model_ranks} "
-                f"ranks a model; start a multiple of {model_ranks} processes or change parallel.tensor or parallel.pipeline"
-            )
+    if world_size is not None and world_size % parallel.model_ranks:
+        problems.append(
+            f"{world_size} processes cannot hold parallel.tensor={tensor} x parallel.pipeline={parallel.pipeline} x "
+            f"parallel.context={context} = {parallel.model_ranks} ranks a model; start a multiple of {parallel.model_ranks} "
+            f"processes or change the layout"
+        )
     return problems
+
+
+def _divisors(count: int) -> str:
+    """The small divisors of ``count``, for an error message."""
+    return "one of " + ", ".join(str(number) for number in range(1, min(count, 64) + 1) if count % number == 0)

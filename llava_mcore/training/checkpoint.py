@@ -7,6 +7,7 @@ What a folder holds is said in ``training.checkpoint_folder``.
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 import time
 from collections.abc import Callable
@@ -18,15 +19,22 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException as WriteFailure
 
-from llava_mcore.models.llava import LlavaModel
+from llava_mcore.models.llava import ModelParts
+from llava_mcore.parallel.broadcast import from_first
 from llava_mcore.parallel.groups import Groups
 from llava_mcore.settings import compose
 from llava_mcore.settings.schema import ModelSettings, Settings
 from llava_mcore.training import checkpoint_folder as folder
 from llava_mcore.training.checkpoint_folder import CheckpointError
+
+# Megatron-Core would hand the results of a write over through a manager: on every rank a new process that imports everything
+# again (seconds, hundreds of MiB) and outlives a killed run. A write that is waited for needs no more than a queue.
+filesystem_async._results_queue = queue.Queue()
 
 
 def sharding_metadata(groups: Groups) -> dict[str, Any]:
@@ -40,13 +48,21 @@ def sharding_metadata(groups: Groups) -> dict[str, Any]:
     }
 
 
-def model_state(model: LlavaModel, groups: Groups) -> dict[str, Any]:
-    """The sharded weights, without the empty extra states that layers keep for Transformer Engine."""
-    state = model.sharded_state_dict(metadata=sharding_metadata(groups))
-    return {name: shard for name, shard in state.items() if not name.endswith("_extra_state")}
+def model_state(model: ModelParts, groups: Groups) -> dict[str, dict[str, Any]]:
+    """The sharded weights of each part, without the empty extra states that layers keep for Transformer Engine."""
+    states = {}
+    for number, part in enumerate(model):
+        state = part.sharded_state_dict(metadata=sharding_metadata(groups))
+        states[f"part{number}"] = {name: shard for name, shard in state.items() if not name.endswith("_extra_state")}
+    if groups.tower.tp is not groups.tp:
+        # The encoder is whole on each tensor-parallel rank, of which Megatron-Core knows nothing: one of the copies is saved.
+        for name, shard in ((name, shard) for state in states.values() for name, shard in state.items()):
+            if name.startswith(("vision_tower.", "projector.")):
+                shard.replica_id = (shard.replica_id[0], groups.tp.rank(), shard.replica_id[2])
+    return states
 
 
-def load_model(path: str | Path, model: LlavaModel, groups: Groups) -> None:
+def load_model(path: str | Path, model: ModelParts, groups: Groups) -> None:
     """Fills ``model`` with the weights of a checkpoint of any layout; collective.
 
     Raises:
@@ -55,7 +71,12 @@ def load_model(path: str | Path, model: LlavaModel, groups: Groups) -> None:
     path = folder.require_checkpoint(path)
     require_same_model(path, model.settings)
     loaded = dist_checkpointing.load({"model": model_state(model, groups)}, str(path / folder.WEIGHTS))
-    model.load_state_dict(loaded["model"], strict=False)
+    _put_weights(model, loaded["model"])
+
+
+def _put_weights(model: ModelParts, states: dict[str, dict[str, Any]]) -> None:
+    for number, part in enumerate(model):
+        part.load_state_dict(states[f"part{number}"], strict=False)  # the extra states were left out
 
 
 def require_same_model(path: Path, model: ModelSettings) -> None:
@@ -97,7 +118,7 @@ class Checkpointer:
     def save(
         self,
         step: int,
-        model: LlavaModel,
+        model: ModelParts,
         optimizer: MegatronOptimizer,
         data_position: dict[str, Any],
         write_sidecars: Callable[[Path], None],
@@ -106,13 +127,13 @@ class Checkpointer:
 
         Args:
             step: optimizer steps done.
-            model: the unwrapped model.
+            model: the parts of the model, not wrapped.
             optimizer: its optimizer.
             data_position: where the data stands (of the loader, the same on every rank).
             write_sidecars: puts the tokenizer and what else travels along into a folder; called on the first rank.
 
         Raises:
-            CheckpointError: on every rank, if the disk has no room.
+            CheckpointError: on every rank, if the disk has no room or cannot be written to; earlier checkpoints stay as they are.
         """
         final = self.root / f"step_{step:08d}"
         partial = self.root / f".step_{step:08d}.partial"
@@ -122,29 +143,52 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / folder.WEIGHTS).mkdir(parents=True)
         dist.barrier()
-        dist_checkpointing.save(
-            state, str(partial / folder.WEIGHTS), content_metadata={**sharding_metadata(self.groups), "dp_cp_group": None}
-        )
+        self._write_weights(state, partial)
+        problem = None
         if self.is_first:
-            write_sidecars(partial)
-            (partial / folder.SETTINGS).write_text(compose.dump_yaml(self.settings), encoding="utf-8")
-            folder.write_meta(
-                partial,
-                step=step,
-                contents=["model", "optimizer"],
-                layout=self._layout(),
-                data_position=data_position,
-                saved_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            )
-            folder.sync(partial)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            self._point_at(final)
+            try:
+                write_sidecars(partial)
+                (partial / folder.SETTINGS).write_text(compose.dump_yaml(self.settings), encoding="utf-8")
+                folder.write_meta(
+                    partial,
+                    step=step,
+                    contents=["model", "optimizer"],
+                    layout=self._layout(),
+                    data_position=data_position,
+                    saved_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                )
+                folder.sync(partial)
+                shutil.rmtree(final, ignore_errors=True)
+                partial.rename(final)
+                self._point_at(final)
+            except OSError as error:
+                problem = str(error)
+        if problem := from_first(problem, dist.group.WORLD):
+            raise self._not_written(partial, problem)
+        if self.is_first:
             self._remove_old(final)
-        dist.barrier()
         return final
 
-    def load(self, path: Path, model: LlavaModel, optimizer: MegatronOptimizer) -> dict[str, Any]:
+    def _write_weights(self, state: dict[str, Any], partial: Path) -> None:
+        """Writes weights/; collective. All ranks of a failed write raise."""
+        metadata = {**sharding_metadata(self.groups), "dp_cp_group": None}
+        try:
+            dist_checkpointing.save(state, str(partial / folder.WEIGHTS), content_metadata=metadata)
+        except WriteFailure as failure:  # on every rank, but not every rank knows why
+            reasons = "; ".join(f"rank {rank}: {error}" for rank, (error, _) in failure.failures.items())
+            raise self._not_written(partial, from_first(reasons, dist.group.WORLD)) from failure
+        except OSError as error:  # of what the first rank writes for all; the launcher ends the others
+            raise self._not_written(partial, str(error)) from error
+
+    def _not_written(self, partial: Path, reason: str) -> CheckpointError:
+        if self.is_first:
+            shutil.rmtree(partial, ignore_errors=True)
+        return CheckpointError(
+            f"the checkpoint {partial} could not be written ({reason}) and was removed; those before it are intact. Make room, "
+            f"lower train.keep_checkpoints or set another train.output_dir, then start the same command again"
+        )
+
+    def load(self, path: Path, model: ModelParts, optimizer: MegatronOptimizer) -> dict[str, Any]:
         """Takes weights, optimizer state and random state from a checkpoint of this run; collective.
 
         Returns:
@@ -164,14 +208,14 @@ class Checkpointer:
         if meta["layout"] != self._layout():
             del state["random"]  # it belongs to ranks that are not there
         loaded = dist_checkpointing.load(state, str(path / folder.WEIGHTS))
-        model.load_state_dict(loaded["model"], strict=False)
+        _put_weights(model, loaded["model"])
         optimizer.load_state_dict(loaded["optimizer"])
         if "random" in loaded:
             torch.set_rng_state(loaded["random"]["torch"])
             get_cuda_rng_tracker().set_states(loaded["random"]["tracker"])
         return meta
 
-    def _state(self, model: LlavaModel, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
+    def _state(self, model: ModelParts, optimizer: MegatronOptimizer, is_loading: bool) -> dict[str, Any]:
         weights = model_state(model, self.groups)
         states = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
         random = ShardedObject("random", states, (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
@@ -186,14 +230,14 @@ class Checkpointer:
         parallel = self.settings.parallel
         return {"world_size": dist.get_world_size(), "tensor": parallel.tensor, "pipeline": parallel.pipeline}
 
-    def _require_room(self, model: LlavaModel) -> None:
+    def _require_room(self, model: ModelParts) -> None:
         """Compares what will be written with what is free, before anything is written."""
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
         # Two moments and, for bfloat16 weights, a float32 copy of what is trained.
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
         state = trained * (8 if self.settings.train.dtype == "float32" else 12)
-        bytes_everywhere: list[int] = [0] * self.groups.replica.size()
-        dist.all_gather_object(bytes_everywhere, weights + state, group=self.groups.replica)
+        bytes_everywhere: list[int] = [0] * self.groups.mcore.mp.size()
+        dist.all_gather_object(bytes_everywhere, weights + state, group=self.groups.mcore.mp)
         needed = sum(bytes_everywhere)
         self.root.mkdir(parents=True, exist_ok=True)
         free = [shutil.disk_usage(self.root).free]
@@ -207,8 +251,9 @@ class Checkpointer:
     def _point_at(self, final: Path) -> None:
         aside = self.root / f".{folder.LATEST}.partial"
         aside.write_text(final.name + "\n", encoding="utf-8")
+        folder.sync_path(aside)
         os.replace(aside, self.root / folder.LATEST)
-        folder.sync(self.root / folder.LATEST)
+        folder.sync_path(self.root)
 
     def _remove_old(self, newest: Path) -> None:
         keep = self.settings.train.keep_checkpoints

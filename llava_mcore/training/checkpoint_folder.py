@@ -173,7 +173,7 @@ def published(out: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         _restore(old, out)
         raise
     shutil.rmtree(old, ignore_errors=True)
-    _sync_path(out.parent)
+    sync_path(out.parent)
 
 
 def _restore(old: Path, out: Path) -> None:
@@ -201,11 +201,12 @@ def sync(folder: Path) -> None:
     """Forces every file and folder below ``folder`` to disk."""
     for root, _, files in os.walk(folder):
         for name in files:
-            _sync_path(Path(root) / name)
-        _sync_path(Path(root))
+            sync_path(Path(root) / name)
+        sync_path(Path(root))
 
 
-def _sync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Forces one file, or the names in one folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

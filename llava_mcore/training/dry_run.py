@@ -102,7 +102,7 @@ def _projector_parameters(model: ModelSettings, tensor: int) -> int:
 
 def world_size_from_environment(settings: Settings) -> int:
     """Processes torchrun started, or without it those one replica of the model needs."""
-    return int(os.environ.get("WORLD_SIZE", settings.parallel.tensor * settings.parallel.pipeline))
+    return int(os.environ.get("WORLD_SIZE", settings.parallel.model_ranks))
 
 
 def report(settings: Settings, world_size: int | None = None) -> int:
@@ -121,7 +121,7 @@ def report(settings: Settings, world_size: int | None = None) -> int:
         world_size = world_size_from_environment(settings)
     page = _Page()
     page.problems += layout_problems(settings, world_size)
-    data_parallel = max(1, world_size // (settings.parallel.tensor * settings.parallel.pipeline))
+    data_parallel = max(1, world_size // (settings.parallel.model_ranks))
     _show_layout(page, settings, world_size, data_parallel)
     _show_memory(page, settings, data_parallel)
     _check_training(page, settings)

@@ -5,43 +5,60 @@ Shape suffixes: T tokens of a micro-batch, V vocabulary, Q positions that are as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor, nn
 
+from llava_mcore.data.conversation import IGNORE
 from llava_mcore.data.loader import Batch
-from llava_mcore.models.llava import LlavaModel
+from llava_mcore.models.llava import LlavaModel, ModelParts
+from llava_mcore.parallel.encoder import reduce_gradients
 from llava_mcore.parallel.groups import Groups
+from llava_mcore.parallel.sequence import partition
 from llava_mcore.settings.schema import ParallelSettings
 
 
-def distribute(model: LlavaModel, parallel: ParallelSettings, groups: Groups) -> DistributedDataParallel:
-    """Wraps the model for data parallelism: float32 gradients, and no gradient buffer for what is frozen."""
-    ddp = DistributedDataParallel(
-        model.config,
-        DistributedDataParallelConfig(
-            grad_reduce_in_fp32=True,
-            overlap_grad_reduce=parallel.overlap_grad_reduce,
-            overlap_param_gather=parallel.overlap_param_gather,
-            use_distributed_optimizer=True,
-        ),
-        model,
-        pg_collection=groups.mcore,
-    )
-    ddp.config.finalize_model_grads_func = finalize_model_grads
-    if parallel.overlap_grad_reduce:
-        ddp.config.no_sync_func = ddp.no_sync
-    return ddp
+def distribute(model: ModelParts, parallel: ParallelSettings, groups: Groups) -> list[DistributedDataParallel]:
+    """Wraps each part of the model for data parallelism: float32 gradients, and no gradient buffer for what is frozen."""
+    parts = [
+        DistributedDataParallel(
+            part.config,
+            DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                overlap_grad_reduce=parallel.overlap_grad_reduce,
+                overlap_param_gather=parallel.overlap_param_gather,
+                use_distributed_optimizer=True,
+            ),
+            part,
+            disable_bucketing=number > 0,
+            pg_collection=groups.mcore,
+        )
+        for number, part in enumerate(model)
+    ]
+    for part in parts:
+        part.config.finalize_model_grads_func = partial(_finalize_gradients, groups=groups)
+        if parallel.overlap_grad_reduce:
+            part.config.no_sync_func = [other.no_sync for other in parts] if len(parts) > 1 else part.no_sync
+    return parts
+
+
+def _finalize_gradients(model: Sequence[nn.Module], *arguments: Any, groups: Groups, **options: Any) -> None:
+    """Megatron-Core's reductions, and the sum over the pictures that were dealt over tensor-parallel ranks."""
+    finalize_model_grads(model, *arguments, **options)
+    if groups.tower.tp is not groups.tp:
+        for part in map(_unwrapped, model):
+            reduce_gradients(part.encoder_parameters(), groups.tp)
 
 
 def forward_backward(
-    model: DistributedDataParallel, batches: Sequence[Batch], groups: Groups, device: torch.device, **schedule: Any
+    model: Sequence[DistributedDataParallel], batches: Sequence[Batch], groups: Groups, device: torch.device, **schedule: Any
 ) -> list[Tensor]:
     """One optimizer step's gradients, summed over its micro-batches and ranks and divided by the tokens that have a label.
 
@@ -50,7 +67,7 @@ def forward_backward(
 
     Args:
         model: wrapped by :func:`distribute`; the gradients are left in its buffers.
-        batches: this rank's micro-batches, of one length.
+        batches: this rank's micro-batches, of one length; with an interleaved pipeline a multiple of its stages.
         groups: process groups.
         device: where the model is.
         schedule: further arguments of Megatron-Core's schedule.
@@ -58,17 +75,17 @@ def forward_backward(
     Returns:
         on the last stage the loss sum of each micro-batch, elsewhere an empty list.
     """
-    return _schedule(model, batches, partial(_loss_step, device=device), groups, **schedule)
+    return _schedule(model, batches, partial(_loss_step, groups=groups, device=device), groups, **schedule)
 
 
 @torch.no_grad()
 def forward_logits(
-    model: nn.Module, batches: Sequence[Batch], positions: Sequence[Sequence[int]], groups: Groups, device: torch.device
+    model: ModelParts, batches: Sequence[Batch], positions: Sequence[Sequence[int]], groups: Groups, device: torch.device
 ) -> list[Tensor]:
-    """Logits at chosen positions, without gradients.
+    """Logits at chosen positions, without gradients; for layouts without context parallelism or an interleaved pipeline.
 
     Args:
-        model: wrapped or not.
+        model: one part, not wrapped.
         batches: this rank's micro-batches, of one length.
         positions: for each micro-batch the tokens whose logits are wanted.
         groups: process groups.
@@ -78,34 +95,45 @@ def forward_logits(
         on the last stage logits [Q, vocab_size] in float32 of each micro-batch, on all its tensor-parallel ranks; elsewhere an
         empty list.
     """
+    if groups.cp.size() > 1 or len(model) > 1:
+        raise ValueError("logits need parallel.context=1 and parallel.virtual_pipeline=1; load the weights in such a layout")
     asked = iter(positions)
     step = partial(_logits_step, asked=asked, device=device)
     return _schedule(model, batches, step, groups, forward_only=True, collect_non_loss_data=True)
 
 
-def _schedule(model: nn.Module, batches: Sequence[Batch], step: Any, groups: Groups, **options: Any) -> list[Tensor]:
+def _schedule(model: Iterable[nn.Module], batches: Sequence[Batch], step: Any, groups: Groups, **options: Any) -> list[Tensor]:
     lengths = {len(batch.input_ids_T) for batch in batches}
     if len(lengths) != 1:
         raise ValueError(f"micro-batches of one step must have one length, got {sorted(lengths)}")
-    run = get_forward_backward_func(groups.pp.size(), None)
+    parts = list(model)
+    run = get_forward_backward_func(groups.pp.size(), len(parts) if len(parts) > 1 else None)
     return run(
         forward_step_func=step,
-        data_iterator=iter(batches),
-        model=model,
+        data_iterator=[iter(batches) for _ in parts],
+        model=parts,
         num_microbatches=len(batches),
         seq_length=lengths.pop(),
         micro_batch_size=1,
-        p2p_communicator=P2PCommunicator(groups.pp, _unwrapped(model).config),
+        p2p_communicator=P2PCommunicator(groups.pp, _unwrapped(parts[0]).config),
         pg_collection=groups.mcore,
         **options,
     )
 
 
-def _loss_step(batches: Iterator[Batch], model: nn.Module, *, device: torch.device) -> tuple[Tensor, Any]:
+def _loss_step(batches: Iterator[Batch], model: nn.Module, *, groups: Groups, device: torch.device) -> tuple[Tensor, Any]:
     """One micro-batch in the form the schedules call: the output, and the function that makes it a loss."""
     batch = next(batches)
     loss_T = _apply(model, batch, device, batch.labels_T)
-    return loss_T, partial(_loss_sum, batch.loss_tokens)
+    return loss_T, partial(_loss_sum, _own_loss_tokens(batch, groups.cp))
+
+
+def _own_loss_tokens(batch: Batch, cp: dist.ProcessGroup) -> int:
+    """Tokens with a label among those this context-parallel rank holds."""
+    if cp.size() == 1:
+        return batch.loss_tokens
+    own_C = partition(tuple(batch.sample_lengths), cp.size()).index(cp.rank())
+    return int((batch.labels_T[own_C] != IGNORE).sum())
 
 
 def _loss_sum(tokens: int, loss_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:

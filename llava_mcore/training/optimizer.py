@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -16,35 +16,38 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import nn
 
 from llava_mcore.models.config import DTYPES
-from llava_mcore.models.llava import LlavaModel
+from llava_mcore.models.llava import ModelParts
 from llava_mcore.parallel.groups import Groups
 from llava_mcore.settings.compose import SettingsError
 from llava_mcore.settings.derive import Derived
 from llava_mcore.settings.schema import ParallelSettings, TrainSettings
 
+LAYER_NUMBER = r"(?<=language_model\.decoder\.layers\.)\d+"
 MODULES = ("vision_tower", "projector", "language_model")
 
 
-def global_parameters(model: LlavaModel) -> Iterator[tuple[str, nn.Parameter]]:
+def global_parameters(model: ModelParts) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters of this rank under the names they have in the whole model, as one process would see them.
 
     A pipeline stage numbers its layers from zero; here they have their place in the whole decoder. A tied head on the last
     stage goes by the name of the embedding it is a copy of.
     """
-    layers = model.language_model.decoder.layers
-    first = layers[0].layer_number - 1 if len(layers) else 0
-    for name, parameter in model.named_parameters():
-        name = re.sub(r"(?<=language_model\.decoder\.layers\.)\d+", lambda number: str(int(number[0]) + first), name)
-        if model.share_embeddings_and_output_weights and name == "language_model.output_layer.weight":
-            name = "language_model.embedding.word_embeddings.weight"
-        yield name, parameter
+    for part in model:
+        layers = part.language_model.decoder.layers
+        first = layers[0].layer_number - 1 if len(layers) else 0
+        for name, parameter in part.named_parameters():
+            if layer := re.search(LAYER_NUMBER, name):
+                name = f"{name[: layer.start()]}{int(layer[0]) + first}{name[layer.end() :]}"
+            if part.share_embeddings_and_output_weights and name == "language_model.output_layer.weight":
+                name = "language_model.embedding.word_embeddings.weight"
+            yield name, parameter
 
 
-def freeze(model: LlavaModel, patterns: list[str], groups: Groups) -> None:
+def freeze(model: ModelParts, patterns: list[str], groups: Groups) -> None:
     """Turns gradients off for what ``patterns`` name; collective over the ranks of a model replica.
 
     Args:
-        model: the part of the model this rank holds.
+        model: the parts of the model this rank holds.
         patterns: module names (``vision_tower``, ``projector``, ``language_model``) or regular expressions that are searched in
             the global parameter names.
         groups: process groups.
@@ -69,7 +72,7 @@ def freeze(model: LlavaModel, patterns: list[str], groups: Groups) -> None:
     dist.all_gather_object(everywhere, (matched, trained, names), group=groups.replica)
     unmatched = set(patterns).difference(*(found for found, _, _ in everywhere))
     if unmatched:
-        example = everywhere[0][2][0]
+        example = next(name for _, _, names in everywhere for name in names)
         raise SettingsError(
             f"train.freeze: {pattern!r} matches no parameter; use {', '.join(MODULES)} or a regular expression over names such "
             f"as {example}"
@@ -80,7 +83,7 @@ def freeze(model: LlavaModel, patterns: list[str], groups: Groups) -> None:
 
 
 def build_optimizer(
-    model: DistributedDataParallel, train: TrainSettings, parallel: ParallelSettings, derived: Derived, groups: Groups
+    model: Sequence[DistributedDataParallel], train: TrainSettings, parallel: ParallelSettings, derived: Derived, groups: Groups
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """AdamW and its schedule: linear warmup from zero to the peak, then cosine, linear or constant."""
     lowest = train.min_lr_ratio
@@ -102,7 +105,7 @@ def build_optimizer(
     overrides = {ParamKey(with_name_predicate=undecayed): {"wd_mult": 0.0}}
     for module, lr in train.module_lr.items():
         overrides[ParamKey(name=f"module.{module}.*")] = {"max_lr": lr, "min_lr": lr * lowest}
-    optimizer = get_megatron_optimizer(config, [model], overrides, use_gloo_process_groups=False, pg_collection=groups.mcore)
+    optimizer = get_megatron_optimizer(config, list(model), overrides, use_gloo_process_groups=False, pg_collection=groups.mcore)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
@@ -130,7 +133,7 @@ def learning_rates(optimizer: MegatronOptimizer, train: TrainSettings) -> float 
     return {module: by_peak[peak] for module, peak in peaks.items() if peak in by_peak}
 
 
-def trained_parameters(model: LlavaModel, groups: Groups) -> tuple[int, int]:
+def trained_parameters(model: ModelParts, groups: Groups) -> tuple[int, int]:
     """Parameters of the whole model that are trained, and all of them, each counted once; collective over a model replica."""
     own = [
         parameter
@@ -138,7 +141,7 @@ def trained_parameters(model: LlavaModel, groups: Groups) -> tuple[int, int]:
         if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, groups.tp)
     ]
     counts = torch.tensor([sum(p.numel() for p in own if p.requires_grad), sum(p.numel() for p in own)])
-    everywhere: list[torch.Tensor] = [None] * groups.replica.size()  # type: ignore[list-item]
-    dist.all_gather_object(everywhere, counts, group=groups.replica)
+    everywhere: list[torch.Tensor] = [None] * groups.mcore.mp.size()  # type: ignore[list-item]
+    dist.all_gather_object(everywhere, counts, group=groups.mcore.mp)
     trained, total = torch.stack(everywhere).sum(dim=0).tolist()
     return trained, total

@@ -17,14 +17,14 @@ from llava_mcore.data.loader import Step, StreamLoader
 from llava_mcore.data.shards import ShardDataset
 from llava_mcore.data.tokenizer import load_tokenizer
 from llava_mcore.models.initialize import initialize
-from llava_mcore.models.llava import LlavaModel
+from llava_mcore.models.llava import build_model
 from llava_mcore.parallel import groups as process_groups
 from llava_mcore.parallel.broadcast import share_steps
 from llava_mcore.platform import device
 from llava_mcore.settings.compose import SettingsError, dump_yaml
 from llava_mcore.settings.derive import derive
 from llava_mcore.settings.schema import Settings, layout_problems
-from llava_mcore.training import checkpoint_folder
+from llava_mcore.training import checkpoint_folder, pipeline_split
 from llava_mcore.training.checkpoint import Checkpointer, load_model, model_state, sharding_metadata
 from llava_mcore.training.engine import distribute, forward_backward
 from llava_mcore.training.observe import Observer, StepRecord
@@ -49,10 +49,10 @@ class Trainer:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        train, parallel, model = settings.train, settings.parallel, settings.model
         if problems := _startup_problems(settings):
             raise SettingsError(problems)
+        self.settings = settings = pipeline_split.resolve(settings)
+        train, parallel = settings.train, settings.parallel
         self.place = device.start(parallel.timeout_minutes)
         self.say(self.place.description)
         self.groups = process_groups.build(parallel, train.seed)
@@ -62,7 +62,7 @@ class Trainer:
 
         self.checkpointer = Checkpointer(settings, self.groups, self.place.is_first)
         self.resumed_from = self.checkpointer.latest() if train.resume else None
-        self.model = LlavaModel(model, parallel, train.dtype, self.groups).to(self.place.device)
+        self.model = build_model(settings.model, parallel, train.dtype, self.groups, train.recompute).to(self.place.device)
         if self.resumed_from is None:
             self._first_weights()
         freeze(self.model, train.freeze, self.groups)
@@ -99,7 +99,8 @@ class Trainer:
 
     def train_step(self, step: Step) -> tuple[float, float]:
         """Forward, backward and update over one global batch; returns the mean loss per token and the gradient norm."""
-        self.ddp.zero_grad_buffer()
+        for part in self.ddp:
+            part.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = forward_backward(self.ddp, step.batches, self.groups, self.place.device)
         loss = self._mean_loss(losses, step)
@@ -112,8 +113,9 @@ class Trainer:
         started = time.perf_counter()
         position = {**self.loader.state_dict(self.step), "bad_samples": self.bad_samples}
         if self.settings.parallel.overlap_param_gather:
-            self.ddp.disable_forward_pre_hook(param_sync=True)  # the last update is gathered before it is saved
-            self.ddp.enable_forward_pre_hook()
+            for part in self.ddp:  # the last update is gathered before it is saved
+                part.disable_forward_pre_hook(param_sync=True)
+                part.enable_forward_pre_hook()
         path = self.checkpointer.save(self.step, self.model, self.optimizer, position, self._write_sidecars)
         self.say(f"saved {path} in {time.perf_counter() - started:.1f} s")
 
@@ -150,7 +152,7 @@ class Trainer:
         self.say(f"resumed from {path}, step {self.step}")
 
     def _loader(self, start_step: int) -> StreamLoader:
-        train = self.settings.train
+        train, parallel = self.settings.train, self.settings.parallel
         return StreamLoader(
             self.dataset,
             self.tokenizer,
@@ -162,6 +164,8 @@ class Trainer:
             seed=train.seed,
             global_batch_size=train.global_batch_size,
             micro_batch_size=train.micro_batch_size,
+            # An interleaved pipeline runs micro-batches in rounds of as many as it has stages.
+            batches_multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
             total_samples=self.derived.total_samples,
             start_step=start_step,
         )
@@ -173,11 +177,14 @@ class Trainer:
     def _describe(self) -> None:
         trained, total = trained_parameters(self.model, self.groups)
         parallel, derived = self.settings.parallel, self.derived
+        sequence = " with sequence parallelism" if parallel.sequence_parallel else ""
         self.say(
-            f"layout: tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {derived.data_parallel}"
-            f"{' with sequence parallelism' if parallel.sequence_parallel else ''}; {trained:,} of {total:,} parameters trained; "
-            f"{derived.steps} steps ({derived.warmup_steps} warmup) over {derived.num_samples:,} samples"
+            f"layout: tensor {parallel.tensor} x context {parallel.context} x pipeline {parallel.pipeline} x data "
+            f"{derived.data_parallel}{sequence}; {trained:,} of {total:,} parameters trained; {derived.steps} steps "
+            f"({derived.warmup_steps} warmup) over {derived.num_samples:,} samples"
         )
+        if parallel.pipeline > 1:
+            self.say(pipeline_split.table(self.settings))
         if self.place.is_first:
             output = Path(self.settings.train.output_dir)
             output.mkdir(parents=True, exist_ok=True)
@@ -200,7 +207,7 @@ class Trainer:
         counts = torch.zeros(3, dtype=torch.float64, device=self.place.device)
         if self.groups.is_last_stage and self.groups.tp.rank() == 0:
             counts[0] = sum(loss.double() for loss in losses)
-            counts[1] = sum(batch.loss_tokens for batch in step.batches)
+            counts[1] = sum(batch.loss_tokens for batch in step.batches) if self.groups.cp.rank() == 0 else 0
         if self.groups.replica.rank() == 0:
             counts[2] = len(step.bad)
         dist.all_reduce(counts)

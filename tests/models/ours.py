@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +12,29 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from llava_mcore.data.loader import Batch
-from llava_mcore.models.llava import LlavaModel
+from llava_mcore.models.initialize import initialize
+from llava_mcore.models.llava import ModelParts, build_model
 from llava_mcore.parallel import groups as process_groups
 from llava_mcore.parallel.groups import Groups
-from llava_mcore.settings.schema import ModelSettings, ParallelSettings
-from llava_mcore.training.checkpoint import load_model, model_state
+from llava_mcore.parallel.sequence import partition
+from llava_mcore.settings.derive import derive
+from llava_mcore.settings.schema import ModelSettings, ParallelSettings, Settings
+from llava_mcore.training.checkpoint import load_model, model_state, sharding_metadata
 from llava_mcore.training.checkpoint_folder import read_model_settings
-from llava_mcore.training.engine import distribute, forward_backward, forward_logits
+from llava_mcore.training.engine import _apply, _schedule, distribute, forward_backward, forward_logits
+from llava_mcore.training.optimizer import build_optimizer, freeze
 
 CPU = torch.device("cpu")
 
 
-def build(settings: ModelSettings, parallel: dict[str, Any]) -> tuple[LlavaModel, ParallelSettings, Groups]:
+def build(settings: ModelSettings, parallel: dict[str, Any]) -> tuple[ModelParts, ParallelSettings, Groups]:
     """A float32 model of this layout."""
     layout = ParallelSettings(**parallel)
     groups = process_groups.build(layout)
-    return LlavaModel(settings, layout, "float32", groups), layout, groups
+    return build_model(settings, layout, "float32", groups), layout, groups
 
 
-def shards(model: LlavaModel, groups: Groups, values: dict[torch.nn.Parameter, torch.Tensor]) -> list[tuple]:
+def shards(model: ModelParts, groups: Groups, values: dict[torch.nn.Parameter, torch.Tensor]) -> list[tuple]:
     """``values`` of this rank's parameters as (name in the checkpoint, whole shape, offset, tensor)."""
     kept = {parameter: parameter.data for parameter in model.parameters()}
     for parameter in kept:
@@ -68,9 +73,12 @@ def run_layout(checkpoint: Path, parallel: dict[str, Any], batches: list[Batch])
     size = groups.dp.size()
     mine = batches[groups.dp.rank() :: size]
     ddp = distribute(model, layout, groups)
-    ddp.zero_grad_buffer()
+    for part in ddp:
+        part.zero_grad_buffer()
     losses = forward_backward(ddp, mine, groups, CPU, force_all_reduce=True)
-    logits = forward_logits(ddp, mine, [range(len(batch.input_ids_T)) for batch in mine], groups, CPU)
+    logits = []
+    if layout.context == layout.virtual_pipeline == 1:
+        logits = forward_logits(model, mine, [range(len(batch.input_ids_T)) for batch in mine], groups, CPU)
     total = sum(losses, torch.zeros(()))
     if groups.is_last_stage:
         dist.all_reduce(total, group=groups.dp)
@@ -81,3 +89,60 @@ def run_layout(checkpoint: Path, parallel: dict[str, Any], batches: list[Batch])
         "last": groups.is_last_stage,
         "gradients": shards(model, groups, {parameter: parameter.main_grad for parameter in model.parameters()}),
     }
+
+
+def train(settings: Settings, batches: list[Batch], steps: int) -> dict[str, Any]:
+    """``steps`` optimizer steps on the same batches, from weights that are a function of the seed; the batches are dealt in turn.
+
+    Returns:
+        the mean loss and gradient norm of each step, the first step's gradients and the last weights as shards.
+    """
+    groups = process_groups.build(settings.parallel)
+    model = build_model(settings.model, settings.parallel, "float32", groups, settings.train.recompute)
+    initialize(model, settings.train.seed, sharding_metadata(groups))
+    freeze(model, settings.train.freeze, groups)
+    ddp = distribute(model, settings.parallel, groups)
+    derived = derive(settings, 1000, dist.get_world_size())
+    optimizer, scheduler = build_optimizer(ddp, settings.train, settings.parallel, derived, groups)
+    mine = batches[groups.dp.rank() :: groups.dp.size()]
+    losses, norms, gradients = [], [], []
+    for step in range(steps):
+        for part in ddp:
+            part.zero_grad_buffer()
+        optimizer.zero_grad()
+        total = sum(forward_backward(ddp, mine, groups, CPU, force_all_reduce=step == 0), torch.zeros(()))
+        if groups.is_last_stage:
+            dist.all_reduce(total, group=groups.mcore.dp_cp)
+        losses.append(float(total) / sum(batch.loss_tokens for batch in batches))
+        if step == 0:
+            trained = {p: p.main_grad if p.requires_grad else torch.zeros_like(p) for p in model.parameters()}
+            gradients = shards(model, groups, trained)
+        norms.append(float(optimizer.step()[1]))
+        scheduler.step(1)
+    if settings.parallel.overlap_param_gather:
+        for part in ddp:
+            part.disable_forward_pre_hook(param_sync=True)  # what the next forward pass would have waited for
+    weights = shards(model, groups, {parameter: parameter.data for parameter in model.parameters()})
+    return {"losses": losses, "norms": norms, "gradients": gradients, "weights": weights, "last": groups.is_last_stage}
+
+
+def token_losses(settings: Settings, variants: list[list[Batch]]) -> list[list[tuple]]:
+    """For each variant of the batches, the losses of the tokens this rank computes: (batch, positions in the stream, losses)."""
+    groups = process_groups.build(settings.parallel)
+    model = build_model(settings.model, settings.parallel, "float32", groups)
+    initialize(model, settings.train.seed, sharding_metadata(groups))
+    found = []
+    for batches in variants:
+        numbers = range(groups.dp.rank(), len(batches), groups.dp.size())
+        mine = [batches[number] for number in numbers]
+        with torch.no_grad():
+            losses = _schedule(model, mine, _token_loss_step, groups, forward_only=True, collect_non_loss_data=True)
+        size, rank = groups.cp.size(), groups.cp.rank()
+        own = [partition(batch.sample_lengths, size).index(rank) for batch in mine]
+        found.append(list(zip(numbers, own, losses, strict=True)) if losses else [])
+    return found
+
+
+def _token_loss_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+    batch = next(batches)
+    return _apply(model, batch, CPU, batch.labels_T), lambda loss_T, non_loss_data: loss_T.clone()

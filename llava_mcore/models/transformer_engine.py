@@ -1,0 +1,70 @@
+"""Layers of Transformer Engine, under the names and calls of the torch ones. Importing this needs Transformer Engine.
+
+Written against Transformer Engine 2.11.0 and Megatron-Core 0.16.1. Its layers have not run on a GPU yet: ``bash tests/gpu/run.sh``
+does that, and compares them with the torch layers.
+
+Shape suffixes: S stream (or patches), B rows of a batch, N query heads, G key/value heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+from megatron.core.extensions.transformer_engine import (
+    HAVE_TE,
+    TEColumnParallelLinear,
+    TEDotProductAttention,
+    TELayerNormColumnParallelLinear,
+    TENorm,
+    TERowParallelLinear,
+)
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor, nn
+
+from llava_mcore.models.attention import PackedSamples
+
+if not HAVE_TE:  # Megatron-Core puts mock objects in the place of its classes
+    raise ImportError("Transformer Engine is not installed; see precision.backend in the README, or set precision.backend=torch")
+
+
+class PackedTEAttention(TEDotProductAttention):
+    """Transformer Engine's attention within each packed sample.
+
+    Megatron-Core would have the whole layer in its packed ("thd") form, and then turns queries and keys by a walk over the
+    samples that copies their boundaries to the host, twice a layer. Here only the attention itself is: the layer around it
+    sees a stream [S, 1, ...] whose rotary angles were looked up by position id (models/language.py), exact for any packing.
+    """
+
+    def forward(
+        self,
+        query_SBND: Tensor,
+        key_SBGD: Tensor,
+        value_SBGD: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSamples | None = None,
+    ) -> Tensor:
+        """Returns [S, B, N*D]. With ``packed_seq_params``, B is 1 and each sample attends within itself."""
+        if packed_seq_params is None:
+            return super().forward(query_SBND, key_SBGD, value_SBGD, attention_mask, attn_mask_type, attention_bias)
+        output = super().forward(
+            query_SBND[:, 0],
+            key_SBGD[:, 0],
+            value_SBGD[:, 0],
+            attention_mask,
+            attn_mask_type,
+            attention_bias,
+            packed_seq_params.as_thd(query_SBND.device),
+        )
+        return output.reshape(output.shape[0], 1, -1)
+
+
+NORM, COLUMN, NORM_COLUMN, ROW = TENorm, TEColumnParallelLinear, TELayerNormColumnParallelLinear, TERowParallelLinear
+
+
+def unmark_unsplit(model: nn.Module) -> None:
+    """Transformer Engine marks the weights of every parallel linear as split, also in a tower that is whole on each
+    tensor-parallel rank; counted so, its copies would each enter the gradient norm."""
+    for module in model.modules():
+        if isinstance(module, (COLUMN, NORM_COLUMN, ROW)) and module.tp_size == 1:
+            for parameter in module.parameters(recurse=False):
+                parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
