@@ -22,17 +22,9 @@ from llava_mcore.data.packing import pack
 from llava_mcore.models.initialize import initialize
 from llava_mcore.models.llava import LlavaModel, ModelParts, build_model
 from llava_mcore.parallel.groups import Groups
+from llava_mcore.settings.compose import from_dict
 from llava_mcore.settings.derive import derive
-from llava_mcore.settings.schema import (
-    DataSettings,
-    LanguageSettings,
-    ModelSettings,
-    ParallelSettings,
-    ProjectorSettings,
-    Settings,
-    TrainSettings,
-    VisionSettings,
-)
+from llava_mcore.settings.schema import ModelSettings, Settings
 from llava_mcore.training.checkpoint import model_state, sharding_metadata
 from llava_mcore.training.engine import distribute, forward_backward
 from llava_mcore.training.optimizer import build_optimizer, freeze
@@ -56,31 +48,40 @@ def settings_of(
         freeze: modules that are not trained.
     """
     width, tower_layers, side = tower
-    return Settings(
-        model=ModelSettings(
-            vision=VisionSettings(
-                image_size=14 * side,
-                patch_size=14,
-                hidden_size=width,
-                ffn_hidden_size=4 * width,
-                num_layers=tower_layers,
-                num_attention_heads=width // 64,
-                select_layer=-1,
-            ),
-            projector=ProjectorSettings(),
-            language=LanguageSettings(
-                hidden_size=hidden,
-                ffn_hidden_size=ffn,
-                num_layers=layers,
-                num_attention_heads=heads,
-                vocab_size=vocab,
-                max_position_embeddings=LONGEST,
-            ),
-            image_token_id=IMAGE,
-        ),
-        data=DataSettings(sequence_length=LONGEST),
-        train=TrainSettings(steps=1000, dtype="float32", lr=LR, warmup_ratio=0.0, clip_grad=CLIP, freeze=list(freeze)),
-        parallel=ParallelSettings(),
+    return from_dict(
+        {
+            "model": {
+                "vision": {
+                    "image_size": 14 * side,
+                    "patch_size": 14,
+                    "hidden_size": width,
+                    "ffn_hidden_size": 4 * width,
+                    "num_layers": tower_layers,
+                    "num_attention_heads": width // 64,
+                    "select_layer": -1,
+                },
+                "projector": {},
+                "language": {
+                    "hidden_size": hidden,
+                    "ffn_hidden_size": ffn,
+                    "num_layers": layers,
+                    "num_attention_heads": heads,
+                    "vocab_size": vocab,
+                    "max_position_embeddings": LONGEST,
+                },
+                "image_token_id": IMAGE,
+            },
+            "data": {"sequence_length": LONGEST},
+            "train": {
+                "steps": 1000,
+                "dtype": "float32",
+                "lr": LR,
+                "warmup_ratio": 0.0,
+                "clip_grad": CLIP,
+                "freeze": list(freeze),
+            },
+            "parallel": {},
+        }
     )
 
 

@@ -175,12 +175,15 @@ def mixed_lengths(quick: bool) -> Measure:
 
     figures = alternate(our_rate, peer_rate, plan.rounds)
     filled = [_filled(samples, capacity) for samples in rounds]
+    spread = (
+        f"{1 - TEXT_ONLY_SHARE:.1%} one picture of {PICTURE_TOKENS} + text lognormal(median {WITH_PICTURE[0]:.0f}, sigma "
+        f"{WITH_PICTURE[1]}), {TEXT_ONLY_SHARE:.1%} text only lognormal(median {ALONE[0]:.0f}, sigma {ALONE[1]}), "
+        f"cut at {LONGEST_SAMPLE}"
+    )
     note = (
-        f"lengths of LLaVA-mix665k x {model.vision.embeddings_per_image}/{PICTURE_TOKENS}: {1 - TEXT_ONLY_SHARE:.1%} one picture of "
-        f"{PICTURE_TOKENS} + text lognormal(median {WITH_PICTURE[0]:.0f}, sigma {WITH_PICTURE[1]}), {TEXT_ONLY_SHARE:.1%} text only "
-        f"lognormal(median {ALONE[0]:.0f}, sigma {ALONE[1]}), cut at {LONGEST_SAMPLE}; steps of {plan.mix_samples} samples; streams of "
-        f"{STREAM} {np.mean([ours for ours, _ in filled]):.0%} full, the peer's batches of {ROWS} rows "
-        f"{np.mean([theirs for _, theirs in filled]):.0%}; decoder {plan.mix_decoder}"
+        f"lengths like LLaVA-mix665k x {model.vision.embeddings_per_image}/{PICTURE_TOKENS}: {spread}; steps of "
+        f"{plan.mix_samples} samples; streams of {STREAM} {np.mean([own for own, _ in filled]):.0%} full, the peer's batches of "
+        f"{ROWS} rows {np.mean([other for _, other in filled]):.0%}; decoder {plan.mix_decoder}"
     )
     return Measure(*figures, "real tokens/s", 2.0, note=note)
 
@@ -204,7 +207,7 @@ def over_text_only(quick: bool) -> Measure:
     count = plan.loaded_samples * (plan.rounds + 2)
     words = np.random.default_rng(2).lognormal(np.log(60), 0.6, count).clip(4, 300).astype(int)
     settings.data = dataclasses.replace(settings.data, sequence_length=1024, image_mode="pad")
-    runs = []
+    runs: list[tuple[Ours, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = load_tokenizer(make_tokenizer(Path(folder) / "tokenizer", model.language.vocab_size))
         for pictures in (True, False):
@@ -227,17 +230,17 @@ def over_text_only(quick: bool) -> Measure:
         seen: list[tuple[list[int], int]] = []
 
         def step(side: int) -> float:
-            def work() -> None:
-                nonlocal slots
-                step = next(steps)
-                slots = step.slots
-                if side == 0:
-                    seen.append((step.sample_lengths, step.pictures))
-                ours.step(step.batches)
+            ours, steps = runs[side]
+            taken = []
 
-            (ours, steps), slots = runs[side], 0
-            seconds = 1 / rate(1, work)
-            return slots / seconds
+            def work() -> None:
+                taken.append(next(steps))
+                ours.step(taken[0].batches)
+
+            per_second = rate(1, work)
+            if side == 0:
+                seen.append((taken[0].sample_lengths, taken[0].pictures))
+            return taken[0].slots * per_second
 
         figures = alternate(lambda _: step(0), lambda _: step(1), plan.rounds)
         for _, steps in runs:
@@ -245,8 +248,9 @@ def over_text_only(quick: bool) -> Measure:
     lengths, pictures_seen = [length for part, _ in seen for length in part], sum(number for _, number in seen)
     flops = FlopsCounter(settings).breakdown(lengths, pictures_seen)
     note = (
-        f"{pictures_seen} JPEG and PNG of {len(lengths)} samples decoded through the loader; tower {plan.loaded_tower} "
-        f"{flops['vision_tower'] / flops['language_model']:.1%} of the decoder's FLOPs; streams of {settings.data.sequence_length}"
+        f"{pictures_seen} JPEG and PNG of {len(lengths)} samples decoded through the loader; tower "
+        f"{plan.loaded_tower} {flops['vision_tower'] / flops['language_model']:.1%} of the decoder's FLOPs; streams of "
+        f"{settings.data.sequence_length}"
     )
     return Measure(*figures, "stream tokens/s", 0.9, note=note)
 
@@ -271,7 +275,8 @@ def encoder_over_ranks(quick: bool) -> Measure:
     answers = context.SimpleQueue()
     size = settings.parallel.model_ranks
     processes = [
-        context.Process(target=_encode_on_rank, args=(rank, size, port, settings, plan, answers)) for rank in range(size)
+        context.Process(target=_encode_on_rank, args=(rank, size, port, settings, plan, answers), daemon=True)
+        for rank in range(size)
     ]
     for process in processes:
         process.start()
@@ -281,8 +286,8 @@ def encoder_over_ranks(quick: bool) -> Measure:
         raise RuntimeError(f"a rank of the encoder measure failed: exit codes {[process.exitcode for process in processes]}")
     cpu_ours, cpu_peer, wall_ours, wall_peer = answers.get()
     note = (
-        f"{plan.pictures} pictures, frozen tower {plan.encoder_tower} and projector forward, backward and gradient sum; CPU seconds "
-        f"of the busiest of {size} ranks, as they share cores; wall time {wall_ours:.3f} s against {wall_peer:.3f} s, "
+        f"{plan.pictures} pictures, frozen tower {plan.encoder_tower} and projector forward, backward and gradient sum; CPU "
+        f"seconds of the busiest of {size} ranks, as they share cores; wall time {wall_ours:.3f} s against {wall_peer:.3f} s, "
         f"{wall_peer / wall_ours:.2f} x"
     )
     return Measure(cpu_ours, cpu_peer, "CPU s", 2.0, "lower", note)
@@ -361,8 +366,8 @@ def _kept(ours: Ours, samples: Sequence[Sample], image_size: int) -> tuple[int, 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         ours.backward([padded(samples, image_size)])
     ours.optimizer.step()
-    gradients = [p.main_grad for p in ours.model.parameters() if getattr(p, "main_grad", None) is not None]
-    state = [value for entry in ours.optimizer.state.values() for value in entry.values() if torch.is_tensor(value)]
+    gradients = [grad for p in ours.model.parameters() if (grad := getattr(p, "main_grad", None)) is not None]
+    state = [value for _, entry in ours.optimizer.state.items() for value in entry.values() if torch.is_tensor(value)]
     return sum(saved.values()), _bytes(gradients), _bytes(state)
 
 

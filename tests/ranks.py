@@ -1,7 +1,7 @@
 """Runs functions on several ranks.
 
-Ranks are started once for each world size and kept, as importing torch and Megatron-Core takes seconds; each case builds and
-destroys its own groups in them.
+Importing torch and Megatron-Core takes seconds and half a gigabyte a process, so there is one set of processes for all tests. It
+grows to the largest world size asked for, and each run joins as many of them as it needs over gloo.
 
     results = ranks(4).run(function, argument, ...)      # a list, one result a rank; an exception on any rank fails the test
 
@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 TIMEOUT_SECONDS = 240
+GRACE_SECONDS = 2
 
 
 class RankError(AssertionError):
@@ -26,68 +27,62 @@ class RankError(AssertionError):
 
 
 class Ranks:
-    """``size`` processes joined over gloo."""
+    """The first ``size`` processes, joined for one run at a time."""
 
     def __init__(self, size: int) -> None:
         self.size = size
-        context = multiprocessing.get_context("spawn")
-        port = _free_port()
-        self._connections: list[Connection] = []
-        self._processes = []
-        for rank in range(size):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(there, rank, size, port), daemon=False)
-            process.start()
-            there.close()
-            self._connections.append(here)
-            self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """``function(*arguments)`` on every rank."""
-        for connection in self._connections:
-            connection.send((function, arguments))
+        workers = _workers(self.size)
+        port = _free_port()
+        for rank, (_, connection) in enumerate(workers):
+            connection.send((rank, self.size, port, function, arguments))
         results, errors = [], []
-        for rank, connection in enumerate(self._connections):
-            if errors or not connection.poll(TIMEOUT_SECONDS):
-                # After one failure the others may wait in a collective for ever: these ranks are of no more use.
-                if not connection.poll(2):
-                    errors.append(f"rank {rank}: no answer")
-                    continue
+        for rank, (_, connection) in enumerate(workers):
+            # After one failure the others may wait in a collective for ever.
+            if not connection.poll(GRACE_SECONDS if errors else TIMEOUT_SECONDS):
+                errors.append(f"rank {rank}: no answer")
+                continue
             try:
                 ok, value = connection.recv()
             except EOFError:
-                errors.append(f"rank {rank} died")
-                continue
+                ok, value = False, "died"
             results.append(value)
             if not ok:
-                errors.append(f"rank {rank}:\n{value}")
+                errors.append(f"rank {rank}: {value}")
         if errors:
-            self.close()
+            close_all()  # some may still hang: the next test gets new ones
             raise RankError("\n".join(errors))
         return results
 
-    def close(self) -> None:
-        """Ends the ranks."""
-        for process in self._processes:
-            process.kill()
-            process.join()
-        _pool.pop(self.size, None)
 
-
-_pool: dict[int, Ranks] = {}
+_pool: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
 
 
 def ranks(size: int) -> Ranks:
-    """The ranks of this world size, started when first asked for."""
-    if size not in _pool:
-        _pool[size] = Ranks(size)
-    return _pool[size]
+    """``size`` ranks; the processes are started when they are first needed."""
+    return Ranks(size)
 
 
 def close_all() -> None:
-    """Ends all ranks."""
-    for pool in list(_pool.values()):
-        pool.close()
+    """Ends all processes."""
+    for process, connection in _pool:
+        process.kill()
+        process.join()
+        connection.close()
+    _pool.clear()
+
+
+def _workers(size: int) -> list[tuple[multiprocessing.process.BaseProcess, Connection]]:
+    context = multiprocessing.get_context("spawn")
+    while len(_pool) < size:
+        here, there = context.Pipe()
+        process = context.Process(target=_serve, args=(there,), daemon=False)
+        process.start()
+        there.close()
+        _pool.append((process, here))
+    return _pool[:size]
 
 
 def _free_port() -> int:
@@ -96,27 +91,30 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _serve(connection: Connection, rank: int, size: int, port: int) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(size),
-        LOCAL_WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    from llava_mcore.parallel import groups
-    from llava_mcore.platform import device
-
-    device.start(timeout_minutes=5)
+def _serve(connection: Connection) -> None:
     while True:
         try:
-            function, arguments = connection.recv()
+            rank, size, port, function, arguments = connection.recv()
         except EOFError:
             return
         try:
-            answer = True, function(*arguments)
+            answer = True, _joined(rank, size, port, function, arguments)
         except BaseException:
-            answer = False, traceback.format_exc()
-        groups.destroy()
+            answer = False, "\n" + traceback.format_exc()
         connection.send(answer)
+
+
+def _joined(rank: int, size: int, port: int, function: Callable[..., Any], arguments: tuple) -> Any:
+    """Runs the function in a world of ``size`` processes, as torchrun would set it up."""
+    from llava_mcore.parallel import groups
+    from llava_mcore.platform import device
+
+    names = ("RANK", "LOCAL_RANK"), ("WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    os.environ.update({name: str(value) for names_, value in zip(names, (rank, size), strict=True) for name in names_})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    device.start(timeout_minutes=3)
+    try:
+        return function(*arguments)
+    finally:
+        groups.destroy()
+        device.stop()

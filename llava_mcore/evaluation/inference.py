@@ -25,7 +25,8 @@ from llava_mcore.parallel import groups as process_groups
 from llava_mcore.platform import device
 from llava_mcore.settings import compose
 from llava_mcore.settings.compose import SettingsError
-from llava_mcore.settings.schema import Settings, layout_problems
+from llava_mcore.settings.layouts import layout_problems
+from llava_mcore.settings.schema import Settings
 from llava_mcore.training import checkpoint_folder
 from llava_mcore.training.checkpoint import load_model, sharding_metadata
 from llava_mcore.training.engine import forward_logits

@@ -32,15 +32,14 @@ class PackedSamples(PackedSeqParams):
     sample_lengths: list[int] = field(default_factory=list)
     partition: Partition | None = None  # of the samples over the ranks of cp_group
     exchange: str = "all_gather"  # how those ranks see each other's keys and values
+    device_ends: Tensor | None = None  # of ends()
 
     def ends(self, device: torch.device) -> Tensor:
         """Where samples begin and end, [samples + 1], int32; copied to ``device`` once a micro-batch, not once a layer."""
-        if self.cu_seqlens_q is None or self.cu_seqlens_q.device != device:
+        if self.device_ends is None:
             ends = torch.tensor([0, *accumulate(self.sample_lengths)], dtype=torch.int32)
-            if device.type == "cuda":
-                ends = ends.pin_memory().to(device, non_blocking=True)
-            self.cu_seqlens_q = ends
-        return self.cu_seqlens_q
+            self.device_ends = ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends
+        return self.device_ends
 
     def as_thd(self, device: torch.device) -> PackedSeqParams:
         """The same in the form Transformer Engine's attention takes."""

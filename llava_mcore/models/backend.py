@@ -121,7 +121,7 @@ def backend_problems(settings: Settings, cuda: bool, capability: tuple[int, int]
             problems.append(f"precision.backend=transformer_engine needs train.dtype=bfloat16, not {dtype}")
     problems += _attention_problems(settings, precision, cuda, present)
     if precision.fp8 is not None:
-        problems += _fp8_problems(settings, precision, cuda, capability)
+        problems += _fp8_problems(settings, precision, capability)
     return problems
 
 
@@ -148,7 +148,8 @@ def _attention_problems(settings: Settings, precision: PrecisionSettings, cuda: 
         problems.append(f"{asked} needs train.dtype=bfloat16; set it, or precision.attention=sdpa")
     if settings.model.language.head_dim % 8:
         problems.append(
-            f"{asked} needs heads of a multiple of 8, these are {settings.model.language.head_dim} wide; set precision.attention=sdpa"
+            f"{asked} needs heads of a multiple of 8, these are {settings.model.language.head_dim} wide; set "
+            f"precision.attention=sdpa"
         )
     if settings.parallel.context > 1 and precision.attention == settings.precision.attention:
         problems.append(
@@ -158,17 +159,18 @@ def _attention_problems(settings: Settings, precision: PrecisionSettings, cuda: 
     return problems
 
 
-def _fp8_problems(settings: Settings, precision: PrecisionSettings, cuda: bool, capability: tuple[int, int] | None) -> list[str]:
+def _fp8_problems(settings: Settings, precision: PrecisionSettings, capability: tuple[int, int] | None) -> list[str]:
     problems, asked = [], f"precision.fp8={precision.fp8}"
     if precision.backend == "torch":
         problems.append(
             f"{asked} needs Transformer Engine; set precision.backend=transformer_engine ({INSTALL_TE}), or precision.fp8=null"
         )
     needed = CAPABILITY[precision.fp8_recipe]
-    if cuda and capability is not None and capability < needed:
+    if capability is not None and capability < needed:
+        fix = "precision.fp8_recipe=tensorwise" if capability >= CAPABILITY["tensorwise"] else "precision.fp8=null"
         problems.append(
-            f"{asked} with precision.fp8_recipe={precision.fp8_recipe} needs compute capability {needed[0]}.{needed[1]}, this GPU has "
-            f"{capability[0]}.{capability[1]}; set {'precision.fp8_recipe=tensorwise' if capability >= (8, 9) else 'precision.fp8=null'}"
+            f"{asked} with precision.fp8_recipe={precision.fp8_recipe} needs compute capability {needed[0]}.{needed[1]}, this "
+            f"GPU has {capability[0]}.{capability[1]}; set {fix}"
         )
     if precision.fp8_recipe == "mxfp8" and capability is not None and capability >= (12, 0):
         problems.append(f"{asked} with precision.fp8_recipe=mxfp8 does not run on compute capability 12; use tensorwise")

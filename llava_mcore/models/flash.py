@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -31,14 +32,14 @@ def torch_kernel() -> Kernel | None:
     def attend(
         query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, ends_K: Tensor, longest: int, causal: bool, scale: float | None
     ) -> Tensor:
-        options = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1)}
+        options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1)}
         if query_TND.shape[1] != key_TGD.shape[1]:
             if "enable_gqa" in accepted:
                 options["enable_gqa"] = True
             else:
                 times = query_TND.shape[1] // key_TGD.shape[1]
                 key_TGD, value_TGD = key_TGD.repeat_interleave(times, 1), value_TGD.repeat_interleave(times, 1)
-        return varlen_attn(query_TND, key_TGD, value_TGD, ends_K, ends_K, longest, longest, **options)
+        return cast(Tensor, varlen_attn(query_TND, key_TGD, value_TGD, ends_K, ends_K, longest, longest, **options))
 
     return attend
 

@@ -118,3 +118,16 @@ def layer_spec(mask: AttnMaskType, parts: Parts = TORCH) -> ModuleSpec:
 def block_spec(mask: AttnMaskType, num_layers: int, parts: Parts = TORCH) -> TransformerBlockSubmodules:
     """``num_layers`` layers (those of this stage) and a final norm."""
     return TransformerBlockSubmodules(layer_specs=[layer_spec(mask, parts)] * num_layers, layer_norm=parts.norm)
+
+
+def unmark_unsplit(model: nn.Module) -> None:
+    """Takes the mark of split weights off linears that stand whole on each rank.
+
+    Transformer Engine marks those of every parallel linear, whatever the size of its group; marked, the copies of a tower that is
+    whole on each tensor-parallel rank would each enter the gradient norm.
+    """
+    for module in model.modules():
+        if getattr(module, "tp_size", None) == 1:
+            for parameter in module.parameters(recurse=False):
+                if hasattr(parameter, "tensor_model_parallel"):
+                    parameter.tensor_model_parallel = False

@@ -1,7 +1,7 @@
 """Layers of Transformer Engine, under the names and calls of the torch ones. Importing this needs Transformer Engine.
 
-Written against Transformer Engine 2.11.0 and Megatron-Core 0.16.1. Its layers have not run on a GPU yet: ``bash tests/gpu/run.sh``
-does that, and compares them with the torch layers.
+Written against Transformer Engine 2.11.0 and Megatron-Core 0.16.1; not run on a GPU yet. ``bash tests/gpu/run.sh`` runs these
+layers and compares them with the torch ones.
 
 Shape suffixes: S stream (or patches), B rows of a batch, N query heads, G key/value heads, D width of a head.
 """
@@ -17,7 +17,7 @@ from megatron.core.extensions.transformer_engine import (
     TERowParallelLinear,
 )
 from megatron.core.transformer.enums import AttnMaskType
-from torch import Tensor, nn
+from torch import Tensor
 
 from llava_mcore.models.attention import PackedSamples
 
@@ -59,12 +59,3 @@ class PackedTEAttention(TEDotProductAttention):
 
 
 NORM, COLUMN, NORM_COLUMN, ROW = TENorm, TEColumnParallelLinear, TELayerNormColumnParallelLinear, TERowParallelLinear
-
-
-def unmark_unsplit(model: nn.Module) -> None:
-    """Transformer Engine marks the weights of every parallel linear as split, also in a tower that is whole on each
-    tensor-parallel rank; counted so, its copies would each enter the gradient norm."""
-    for module in model.modules():
-        if isinstance(module, (COLUMN, NORM_COLUMN, ROW)) and module.tp_size == 1:
-            for parameter in module.parameters(recurse=False):
-                parameter.tensor_model_parallel = False  # type: ignore[attr-defined]

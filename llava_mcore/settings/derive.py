@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from llava_mcore.settings.compose import SettingsError
-from llava_mcore.settings.schema import Settings, layout_problems
+from llava_mcore.settings.layouts import layout_problems
+from llava_mcore.settings.schema import Settings
 
 
 @dataclass(frozen=True, kw_only=True)

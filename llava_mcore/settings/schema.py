@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field, model_validator
 from pydantic.dataclasses import dataclass
 
 from llava_mcore.geometry import num_image_embeddings, round_up
+from llava_mcore.settings.layouts import layout_problems
 
 STRICT = ConfigDict(extra="forbid", strict=False, validate_default=True)
 
@@ -265,24 +266,27 @@ class PrecisionSettings:
     """What layers are made of and in which precision they multiply. What the machine lacks is refused at the start of a run."""
 
     backend: Literal["auto", "torch", "transformer_engine"] = Field(
-        "auto", description="layers; auto: Transformer Engine where it is installed, on a GPU and in bfloat16, else torch"
+        default="auto", description="layers; auto: Transformer Engine where it is installed, on a GPU and in bfloat16, else torch"
     )
     attention: Literal["auto", "sdpa", "flash", "fused"] = Field(
-        "auto",
+        default="auto",
         description="attention: torch's sdpa, flash (torch's varlen_attn or flash-attn), fused (cuDNN, by Transformer Engine), "
         "or the fastest there is",
     )
     fp8: Literal["hybrid", "e4m3"] | None = Field(
-        None, description="FP8 matrix products (null: none); hybrid: e4m3 forward, e5m2 for gradients"
+        default=None, description="FP8 matrix products (null: none); hybrid: e4m3 forward, e5m2 for gradients"
     )
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = Field(
-        "tensorwise", description="where FP8 scales come from: earlier steps, the tensor, its blocks, or blocks of 32 (Blackwell)"
+        default="tensorwise",
+        description="where FP8 scales come from: earlier steps, the tensor, its blocks, or blocks of 32 (Blackwell)",
     )
-    fp8_first_last_bf16: NonNegative = Field(0, description="decoder layers at each end that stay in bfloat16")
+    fp8_first_last_bf16: NonNegative = Field(default=0, description="decoder layers at each end that stay in bfloat16")
     fp8_modules: list[Literal["language_model", "projector", "vision_tower"]] = Field(
-        default_factory=lambda: ["language_model"], description="modules that multiply in FP8; embedding and head never do"
+        default=["language_model"], description="modules that multiply in FP8; embedding and head never do"
     )
-    fp8_param_gather: bool = Field(False, description="keep and gather the FP8 modules' weights in FP8 (float32 masters stay)")
+    fp8_param_gather: bool = Field(
+        default=False, description="keep and gather the FP8 modules' weights in FP8 (float32 masters stay)"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> PrecisionSettings:
@@ -330,58 +334,3 @@ class Settings:
             )
         _fail_on(problems + layout_problems(self))
         return self
-
-
-def layout_problems(settings: Settings, world_size: int | None = None) -> list[str]:
-    """Why this model cannot be spread this way, each reason with its fix; an empty list if it can.
-
-    Args:
-        settings: the composed settings.
-        world_size: processes started, where known.
-    """
-    parallel, language, vision = settings.parallel, settings.model.language, settings.model.vision
-    tensor, context = parallel.tensor, parallel.context
-    problems = []
-    split_over_tensor = [
-        ("model.language.num_attention_heads", language.num_attention_heads),
-        ("model.language.num_query_groups", language.query_groups),
-        ("model.language.ffn_hidden_size", language.ffn_hidden_size),
-        (f"the vocabulary padded to {VOCAB_MULTIPLE}", language.padded_vocab_size),
-    ]
-    if parallel.encoder == "tensor_parallel":
-        split_over_tensor += [
-            ("model.language.hidden_size", language.hidden_size),  # the projector's width
-            ("model.vision.num_attention_heads", vision.num_attention_heads),
-            ("model.vision.ffn_hidden_size", vision.ffn_hidden_size),
-        ]
-    for name, count in split_over_tensor:
-        if count % tensor:
-            problems.append(f"{name} ({count}) is not divisible by parallel.tensor={tensor}; use {_divisors(count)}")
-    layers, split = language.num_layers, parallel.pipeline_split
-    if split == "even" and layers % parallel.chunks:
-        problems.append(
-            f"model.language.num_layers ({layers}) is not divisible by parallel.pipeline={parallel.pipeline}"
-            f"{f' x parallel.virtual_pipeline={parallel.virtual_pipeline}' if parallel.virtual_pipeline > 1 else ''}; "
-            f"use {_divisors(layers)}, or parallel.pipeline_split=auto"
-        )
-    if isinstance(split, list) and sum(split) != layers:
-        problems.append(f"parallel.pipeline_split={split} holds {sum(split)} layers, model.language.num_layers is {layers}")
-    stream = settings.data.sequence_length * settings.train.micro_batch_size
-    parts = context * (tensor if parallel.sequence_parallel else 1)
-    if stream % parts:
-        problems.append(
-            f"data.sequence_length x train.micro_batch_size ({stream}) is not divisible by {parts}, as context parallelism "
-            f"(parallel.context={context}) and sequence parallelism (parallel.tensor={tensor}) need; use a multiple of {parts}"
-        )
-    if world_size is not None and world_size % parallel.model_ranks:
-        problems.append(
-            f"{world_size} processes cannot hold parallel.tensor={tensor} x parallel.pipeline={parallel.pipeline} x "
-            f"parallel.context={context} = {parallel.model_ranks} ranks a model; start a multiple of {parallel.model_ranks} "
-            f"processes or change the layout"
-        )
-    return problems
-
-
-def _divisors(count: int) -> str:
-    """The small divisors of ``count``, for an error message."""
-    return "one of " + ", ".join(str(number) for number in range(1, min(count, 64) + 1) if count % number == 0)

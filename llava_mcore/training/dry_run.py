@@ -16,8 +16,9 @@ from typing import Any, cast
 
 from llava_mcore.settings.compose import SettingsError
 from llava_mcore.settings.derive import Derived, derive
-from llava_mcore.settings.schema import ModelSettings, Settings, layout_problems
-from llava_mcore.training import checkpoint_folder
+from llava_mcore.settings.layouts import layout_problems
+from llava_mcore.settings.schema import ModelSettings, Settings
+from llava_mcore.training import checkpoint_folder, pipeline_split
 from llava_mcore.training.observe.flops import (
     MODULES,
     FlopsCounter,
@@ -54,28 +55,30 @@ class Stage:
         return {
             "weights": sum(self.parameters.values()) * WEIGHT_BYTES[dtype],
             "gradients": trained * GRADIENT_BYTES,
-            "optimizer": -(-trained * OPTIMIZER_BYTES[dtype] // data_parallel),  # the distributed optimizer is always on
+            # The distributed optimizer is always on, and spreads over context-parallel ranks as well.
+            "optimizer": -(-trained * OPTIMIZER_BYTES[dtype] // (data_parallel * settings.parallel.context)),
         }
 
 
 def stages(settings: Settings) -> list[Stage]:
     """The pipeline stages of a layout: the first holds tower, projector and embedding, the last the final norm and the head."""
-    model, tensor, pipeline = settings.model, settings.parallel.tensor, settings.parallel.pipeline
-    per_stage = model.language.num_layers // pipeline
+    model, parallel = settings.model, settings.parallel
+    tensor, encoder_tensor = parallel.tensor, parallel.tensor if parallel.encoder == "tensor_parallel" else 1
     trained = trained_modules(settings)
     split, whole = language_layer_parameters(model)
     matrix = model.language.padded_vocab_size * model.language.hidden_size // tensor
     found = []
-    for index in range(pipeline):
-        is_first, is_last = index == 0, index == pipeline - 1
-        decoder = per_stage * (split // tensor + whole)
+    for index, stage in enumerate(pipeline_split.stages(settings)):
+        is_first, is_last = index == 0, index == parallel.pipeline - 1
+        decoder = sum(stage.layers) * (split // tensor + whole)
         holds = []
         parameters = {}
         if is_first:
-            parameters = {"vision_tower": _tower_parameters(model, tensor), "projector": _projector_parameters(model, tensor)}
+            parameters["vision_tower"] = _tower_parameters(model, encoder_tensor)
+            parameters["projector"] = _projector_parameters(model, encoder_tensor)
             holds += [f"vision tower ({model.vision.used_layers} layers)", "projector", "embedding"]
             decoder += matrix
-        holds.append(f"decoder layers {index * per_stage}-{(index + 1) * per_stage - 1}")
+        holds.append(f"{' + '.join(map(str, stage.layers))} decoder layers")
         if is_last:
             holds += ["final norm", "head (the embedding's weights)" if model.language.tie_word_embeddings else "head"]
             decoder += model.language.hidden_size
@@ -121,7 +124,7 @@ def report(settings: Settings, world_size: int | None = None) -> int:
         world_size = world_size_from_environment(settings)
     page = _Page()
     page.problems += layout_problems(settings, world_size)
-    data_parallel = max(1, world_size // (settings.parallel.model_ranks))
+    data_parallel = max(1, world_size // settings.parallel.model_ranks)
     _show_layout(page, settings, world_size, data_parallel)
     _show_memory(page, settings, data_parallel)
     _check_training(page, settings)
@@ -166,12 +169,16 @@ class _Page:
 def _show_layout(page: _Page, settings: Settings, world_size: int, data_parallel: int) -> None:
     parallel = settings.parallel
     page.title("layout")
-    page.row("processes", f"{world_size} = tensor {parallel.tensor} x pipeline {parallel.pipeline} x data {data_parallel}")
+    sizes = f"tensor {parallel.tensor} x context {parallel.context} x pipeline {parallel.pipeline} x data {data_parallel}"
+    page.row("processes", f"{world_size} = {sizes}")
     page.row("sequence parallelism", "on" if parallel.sequence_parallel else "off")
-    spread = f"spread over {data_parallel} data-parallel ranks" if data_parallel > 1 else "whole on every rank"
+    shards = data_parallel * parallel.context
+    spread = f"spread over {shards} data- and context-parallel ranks" if shards > 1 else "whole on every rank"
     page.row("optimizer state", spread)
     for stage in stages(settings):
         page.row(f"stage {stage.index}", stage.holds)
+    if parallel.pipeline > 1:
+        print(pipeline_split.table(settings))
     counts, trained = parameter_counts(settings.model), trained_modules(settings)
     page.title("parameters of the model")
     rows = [["module", "parameters", ""]]

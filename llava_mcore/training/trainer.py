@@ -20,10 +20,12 @@ from llava_mcore.models.initialize import initialize
 from llava_mcore.models.llava import build_model
 from llava_mcore.parallel import groups as process_groups
 from llava_mcore.parallel.broadcast import share_steps
+from llava_mcore.parallel.encoder import imbalance
 from llava_mcore.platform import device
 from llava_mcore.settings.compose import SettingsError, dump_yaml
 from llava_mcore.settings.derive import derive
-from llava_mcore.settings.schema import Settings, layout_problems
+from llava_mcore.settings.layouts import layout_problems
+from llava_mcore.settings.schema import Settings
 from llava_mcore.training import checkpoint_folder, pipeline_split
 from llava_mcore.training.checkpoint import Checkpointer, load_model, model_state, sharding_metadata
 from llava_mcore.training.engine import distribute, forward_backward
@@ -254,7 +256,19 @@ class Trainer:
             pictures=step.pictures,
             bad_samples=self.bad_samples,
             flops=self.flops.step(step.sample_lengths, step.pictures),
+            encoder_imbalance=self._encoder_imbalance(step),
         )
+
+    def _encoder_imbalance(self, step: Step) -> float | None:
+        """How unevenly the pictures of this replica's micro-batches fell on the ranks that encode them."""
+        size = self.groups.encoders.size()
+        if size == 1 or self.settings.parallel.encoder != "data_parallel":
+            return None
+        each = self.settings.model.vision.embeddings_per_image
+        pictures = [len(batch.image_index_E) // each for batch in step.batches]
+        # The longest share of each micro-batch is what its other ranks wait for.
+        longest = sum(imbalance([1.0] * count, size) * count for count in pictures)
+        return longest / sum(pictures) if sum(pictures) else None
 
 
 def _startup_problems(settings: Settings) -> list[str]:

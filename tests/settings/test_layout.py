@@ -4,7 +4,7 @@ import pytest
 
 from llava_mcore.settings.compose import SettingsError, compose
 from llava_mcore.settings.derive import derive
-from llava_mcore.settings.schema import layout_problems
+from llava_mcore.settings.layouts import layout_problems, nearest_layouts
 
 TINY = ["experiment=quickstart"]
 
@@ -17,36 +17,56 @@ def refused(*overrides):
 
 def test_tensor_size_must_divide_heads_groups_and_widths():
     text = refused("parallel.tensor=4")
-    assert "model.language.num_query_groups (2) is not divisible by parallel.tensor=4; use a divisor of 2" in text
+    assert "model.language.num_query_groups (2) is not divisible by parallel.tensor=4; use one of 1, 2" in text
     assert "num_attention_heads" not in text  # 4 heads divide
-    text = refused("parallel.tensor=3")
-    for name in (
-        "model.language.num_attention_heads (4)",
-        "model.language.hidden_size (128)",
-        "model.vision.num_attention_heads (4)",
-        "the vocabulary padded to 64 (512)",
-        "data.sequence_length x train.micro_batch_size (256)",
-    ):
-        assert f"{name} is not divisible by parallel.tensor=3" in text
+    language = ("model.language.num_attention_heads (4)", "the padded vocabulary (512)")
+    encoder = ("model.language.hidden_size (128)", "model.vision.num_attention_heads (4)")
+    for mode, names in (("data_parallel", language), ("tensor_parallel", language + encoder)):
+        text = refused("parallel.tensor=3", f"parallel.encoder={mode}")
+        for name in names:
+            assert f"{name} is not divisible by parallel.tensor=3" in text
+        assert (encoder[0] in text) == (mode == "tensor_parallel")  # a whole encoder on every rank need not divide
+
+
+def test_layouts_that_would_work_are_named():
+    settings = compose(TINY)
+    assert nearest_layouts(settings, 1) == ["parallel.tensor=1 parallel.pipeline=1 parallel.context=1"]
+    for layout in nearest_layouts(settings, 8):
+        assert not layout_problems(compose([*TINY, *layout.split()]), 8)
+    text = refused("parallel.tensor=4", "parallel.pipeline=2")
+    assert "layouts near it that work on 8 processes: parallel.tensor=2 parallel.pipeline=2 parallel.context=1" in text
+
+
+def test_pipeline_split_by_hand_must_fit():
+    assert "has 3 entries; pipeline x virtual_pipeline needs 2" in refused(
+        "parallel.pipeline=2", "parallel.pipeline_split=[1,1,2]"
+    )
+    assert "holds 5 layers, model.language.num_layers is 4" in refused("parallel.pipeline=2", "parallel.pipeline_split=[1,4]")
+    assert compose([*TINY, "parallel.pipeline=2", "parallel.pipeline_split=[0,4]"]).parallel.pipeline_split == [0, 4]
+    assert "virtual_pipeline 2 needs pipeline > 1" in refused("parallel.virtual_pipeline=2")
+    assert "parallel.pipeline=2 x parallel.virtual_pipeline=3" in refused("parallel.pipeline=2", "parallel.virtual_pipeline=3")
 
 
 def test_pipeline_size_must_divide_layers():
-    assert "model.language.num_layers (4) is not divisible by parallel.pipeline=3; use a divisor of 4" in refused(
+    assert "model.language.num_layers (4) is not divisible by parallel.pipeline=3; use one of 1, 2, 4" in refused(
         "parallel.pipeline=3"
     )
     assert compose([*TINY, "parallel.pipeline=4"]).parallel.pipeline == 4
 
 
 def test_sequence_parallelism_needs_divisible_streams():
-    assert "(255) is not divisible by parallel.tensor=2" in refused("parallel=tp2", "data.sequence_length=255")
-    assert compose([*TINY, "parallel=tp2", "data.sequence_length=255", "parallel.sequence=false"]).parallel.tensor == 2
-    assert compose([*TINY, "parallel=tp2", "data.sequence_length=255", "train.micro_batch_size=2"]).parallel.sequence_parallel
+    odd = ["data.sequence_length=255", "train.micro_batch_size=1"]
+    assert "(255) is not divisible by 2" in refused("parallel=tp2", *odd)
+    assert "(255) is not divisible by 2" in refused("parallel.context=2", *odd)
+    assert compose([*TINY, "parallel=tp2", *odd, "parallel.sequence=false"]).parallel.tensor == 2
+    assert compose([*TINY, "parallel=tp2", *odd, "train.micro_batch_size=2"]).parallel.sequence_parallel
 
 
 def test_world_size_must_hold_whole_models():
     settings = compose([*TINY, "parallel=tp2_pp2"])
     assert layout_problems(settings) == layout_problems(settings, 8) == []
-    (problem,) = layout_problems(settings, 6)
+    problem, near = layout_problems(settings, 6)
+    assert near.startswith("layouts near it that work on 6 processes: ")
     assert "6 processes" in problem and "start a multiple of 4 processes" in problem
 
 
@@ -93,4 +113,4 @@ def test_what_cannot_be_derived_is_an_error():
     settings = compose([*TINY, "parallel=tp2"])
     with pytest.raises(SettingsError, match="3 processes") as caught:
         derive(settings, 0, 3)
-    assert len(caught.value.problems) == 2 and "nothing to train on" in caught.value.problems[1]
+    assert len(caught.value.problems) == 3 and "nothing to train on" in caught.value.problems[2]

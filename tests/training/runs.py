@@ -40,7 +40,7 @@ MODEL = {
         "num_attention_heads": 4,
         "num_query_groups": 2,
         "vocab_size": 211,
-        "max_position_embeddings": 224,
+        "max_position_embeddings": 448,
     },
     "image_token_id": 3,
 }
@@ -87,7 +87,7 @@ class Material:
         """Settings of a run; ``changes`` are groups (``train={...}``) laid over the defaults above."""
         values: dict[str, Any] = {
             "model": MODEL,
-            "data": {"path": str(self.shards), "tokenizer": str(self.tokenizer), "sequence_length": 192},
+            "data": {"path": str(self.shards), "tokenizer": str(self.tokenizer), "sequence_length": 448},
             "train": {**TRAIN, "output_dir": str(output_dir)},
             "parallel": {},
         }

@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = ["experiment=quickstart"]
 LAYOUTS = [
     ["parallel=tp2"],
+    ["parallel=tp2", "parallel.encoder=tensor_parallel"],
+    ["parallel=pp2", "parallel.pipeline_split=[1,3]"],
     ["parallel=pp2"],
     ["parallel=pp2", "model.language.tie_word_embeddings=true"],
     ["parallel=tp2", "model.language.tie_word_embeddings=true"],
@@ -61,7 +63,7 @@ def test_stages_of_a_pipeline_add_up():
     assert first.parameters["language_model"] + last.parameters["language_model"] == whole["language_model"]
     assert first.parameters["vision_tower"] == whole["vision_tower"] and "vision_tower" not in last.parameters
     assert "vision_tower" not in first.trained and first.trained["projector"] == whole["projector"]
-    assert "decoder layers 0-15" in first.holds and "decoder layers 16-31" in last.holds and "head" in last.holds
+    assert "16 decoder layers" in first.holds and "16 decoder layers" in last.holds and "head" in last.holds
 
 
 def test_memory():
@@ -120,8 +122,8 @@ def test_all_is_well_with_data(material, capsys):
     text = capsys.readouterr().out
     assert code == 0, text
     for part in (
-        "1 = tensor 1 x pipeline 1 x data 1",
-        "vision tower (4 layers), projector, embedding, decoder layers 0-3, final norm, head",
+        "1 = tensor 1 x context 1 x pipeline 1 x data 1",
+        "vision tower (4 layers), projector, embedding, 4 decoder layers, final norm, head",
         "1,410,976",
         "10, of which 1 warm up",
         "80",
@@ -147,7 +149,11 @@ def test_more_ranks_than_one(material, capsys):
     settings = compose([*TINY, *material, "parallel=tp2_pp2", "train.global_batch_size=8"])
     assert report(settings, 8) == 0
     text = capsys.readouterr().out
-    assert "8 = tensor 2 x pipeline 2 x data 2" in text and "stage 1" in text and "spread over 2 data-parallel ranks" in text
+    assert (
+        "8 = tensor 2 x context 1 x pipeline 2 x data 2" in text
+        and "stage 1" in text
+        and "spread over 2 data-parallel ranks" in text
+    )
 
 
 def test_missing_data_is_not_well(capsys):
@@ -225,7 +231,7 @@ def test_without_data_no_torch_is_needed():
         [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 1, done.stderr
-    assert "64 = tensor 4 x pipeline 1 x data 16" in done.stdout
+    assert "64 = tensor 4 x context 1 x pipeline 1 x data 16" in done.stdout
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ class StepRecord:
         pictures: pictures of the step.
         bad_samples: samples skipped since the start of the run.
         flops: model FLOPs of the step (``FlopsCounter.step``).
+        encoder_imbalance: longest over mean share of the pictures that were dealt over ranks; None where they were not.
     """
 
     step: int
@@ -54,6 +55,7 @@ class StepRecord:
     pictures: int
     bad_samples: int = 0
     flops: int = 0
+    encoder_imbalance: float | None = None
 
 
 class Observer:
@@ -144,6 +146,8 @@ class Observer:
         }
         if self._peak:
             metrics["mfu"] = record.flops / seconds / (self._peak * self._world_size)
+        if record.encoder_imbalance is not None:
+            metrics["encoder_imbalance"] = record.encoder_imbalance
         metrics |= {
             "tokens": record.tokens,
             "samples": record.samples,
