@@ -152,7 +152,7 @@ def test_more_ranks_than_one(material, capsys):
     assert (
         "8 = tensor 2 x context 1 x pipeline 2 x data 2" in text
         and "stage 1" in text
-        and "spread over 2 data-parallel ranks" in text
+        and "spread over 2 data- and context-parallel ranks" in text
     )
 
 
