@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, scatter_to_sequence_parallel_region
 from megatron.core.tensor_parallel.layers import (
@@ -25,14 +26,15 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from llava_mcore.models.attention import PackedSamples
-from llava_mcore.models.config import DTYPES, decoder_config, projector_config, tower_config
+from llava_mcore.models.backend import resolve_here
+from llava_mcore.models.config import DTYPES, PORTABLE, decoder_config, projector_config, tower_config
 from llava_mcore.models.language import LanguageModel
-from llava_mcore.models.layers import mlp_submodules
+from llava_mcore.models.layers import mlp_submodules, parts_of, unmark_unsplit
 from llava_mcore.models.vision import VisionTower
 from llava_mcore.parallel.encoder import deal, gather_embeddings
 from llava_mcore.parallel.groups import Groups
 from llava_mcore.parallel.sequence import partition
-from llava_mcore.settings.schema import ModelSettings, ParallelSettings
+from llava_mcore.settings.schema import ModelSettings, ParallelSettings, PrecisionSettings
 
 
 def mark_partitioned(model: torch.nn.Module) -> None:
@@ -49,6 +51,7 @@ def mark_partitioned(model: torch.nn.Module) -> None:
                 set_tensor_model_parallel_attributes(module.weight, is_parallel=split, dim=dim, stride=1)
             if isinstance(module, ColumnParallelLinear) and module.bias is not None:
                 module.bias.tensor_model_parallel = split
+    unmark_unsplit(model)
 
 
 class ModelParts(torch.nn.ModuleList):
@@ -64,11 +67,17 @@ class ModelParts(torch.nn.ModuleList):
 
 
 def build_model(
-    model: ModelSettings, parallel: ParallelSettings, dtype: str, groups: Groups, recompute: str = "none"
+    model: ModelSettings,
+    parallel: ParallelSettings,
+    dtype: str,
+    groups: Groups,
+    recompute: str = "none",
+    precision: PrecisionSettings = PORTABLE,
 ) -> ModelParts:
     """What one rank holds of the model; the arguments are those of :class:`LlavaModel`."""
     return ModelParts(
-        LlavaModel(model, parallel, dtype, groups, recompute, vp_stage) for vp_stage in range(parallel.virtual_pipeline)
+        LlavaModel(model, parallel, dtype, groups, recompute, vp_stage, precision)
+        for vp_stage in range(parallel.virtual_pipeline)
     )
 
 
@@ -84,6 +93,7 @@ class LlavaModel(MegatronModule):
         groups: process groups of this rank.
         recompute: which decoder activations are computed again in the backward pass.
         vp_stage: which of its parts of an interleaved pipeline this is.
+        precision: layers, attention and FP8.
     """
 
     def __init__(
@@ -94,8 +104,10 @@ class LlavaModel(MegatronModule):
         groups: Groups,
         recompute: str = "none",
         vp_stage: int = 0,
+        precision: PrecisionSettings = PORTABLE,
     ) -> None:
-        config = decoder_config(model, parallel, DTYPES[dtype], recompute)
+        precision = resolve_here(precision, dtype)
+        config = decoder_config(model, parallel, DTYPES[dtype], recompute, precision)
         super().__init__(config)
         self.settings, self.parallel = model, parallel
         self.groups = groups
@@ -106,15 +118,18 @@ class LlavaModel(MegatronModule):
         self.post_process = groups.is_last_stage and vp_stage == parallel.virtual_pipeline - 1
         self.share_embeddings_and_output_weights = model.language.tie_word_embeddings
         if self.pre_process:
-            self.vision_tower = VisionTower(tower_config(model, parallel, DTYPES[dtype]), model.vision, groups.tower)
+            self.vision_tower = VisionTower(tower_config(model, parallel, DTYPES[dtype], precision), model.vision, groups.tower)
             affine = model.projector.type == "linear"
-            self.projector = MultimodalProjector(
-                projector_config(model, parallel, DTYPES[dtype]),
-                MLPSubmodules(linear_fc1=ColumnParallelLinear) if affine else mlp_submodules(),
-                "affine" if affine else "mlp",
-                model.vision.hidden_size,
-                tp_group=groups.tower.tp,
-            )
+            into = projector_config(model, parallel, DTYPES[dtype], precision)
+            with get_fp8_context(into, is_init=True):
+                self.projector = MultimodalProjector(
+                    into,
+                    # Transformer Engine's linear cannot gather its output.
+                    MLPSubmodules(linear_fc1=ColumnParallelLinear) if affine else mlp_submodules(parts_of(into)),
+                    "affine" if affine else "mlp",
+                    model.vision.hidden_size,
+                    tp_group=groups.tower.tp,
+                )
         self.language_model = LanguageModel(
             config, model.language, groups.mcore, self.pre_process, self.post_process, self.vp_stage
         )
@@ -152,7 +167,8 @@ class LlavaModel(MegatronModule):
         tower_trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with contextlib.nullcontext() if tower_trains else torch.no_grad():  # a frozen tower stores no activations
             features_nPH = self.vision_tower(pixel_values_nChw)
-        return self.projector(features_nPH.flatten(0, 1))
+        with get_fp8_context(self.projector.config):
+            return self.projector(features_nPH.flatten(0, 1))
 
     def embed(self, input_ids_C: Tensor, pixel_values_NChw: Tensor, image_places: tuple[Tensor, Tensor | None]) -> Tensor:
         """Token and image embeddings in their places: [S, 1, H].

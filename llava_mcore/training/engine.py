@@ -35,6 +35,7 @@ def distribute(model: ModelParts, parallel: ParallelSettings, groups: Groups) ->
                 overlap_grad_reduce=parallel.overlap_grad_reduce,
                 overlap_param_gather=parallel.overlap_param_gather,
                 use_distributed_optimizer=True,
+                fp8_param_gather=part.config.fp8_param,
             ),
             part,
             disable_bucketing=number > 0,

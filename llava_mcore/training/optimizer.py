@@ -100,6 +100,7 @@ def build_optimizer(
         params_dtype=DTYPES[train.dtype],
         use_distributed_optimizer=True,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_recipe=model[0].config.fp8_recipe if model[0].config.fp8 else None,
     )
     undecayed = ParamWithNamePredicate("bias_or_norm", lambda parameter, name: parameter.dim() == 1 or name.endswith(".bias"))
     overrides = {ParamKey(with_name_predicate=undecayed): {"wd_mult": 0.0}}

@@ -16,6 +16,7 @@ from llava_mcore.conversion.convert import load_hf_into, write_sidecars
 from llava_mcore.data.loader import Step, StreamLoader
 from llava_mcore.data.shards import ShardDataset
 from llava_mcore.data.tokenizer import load_tokenizer
+from llava_mcore.models.backend import problems_here
 from llava_mcore.models.initialize import initialize
 from llava_mcore.models.llava import build_model
 from llava_mcore.parallel import groups as process_groups
@@ -64,7 +65,9 @@ class Trainer:
 
         self.checkpointer = Checkpointer(settings, self.groups, self.place.is_first)
         self.resumed_from = self.checkpointer.latest() if train.resume else None
-        self.model = build_model(settings.model, parallel, train.dtype, self.groups, train.recompute).to(self.place.device)
+        self.model = build_model(settings.model, parallel, train.dtype, self.groups, train.recompute, settings.precision).to(
+            self.place.device
+        )
         if self.resumed_from is None:
             self._first_weights()
         freeze(self.model, train.freeze, self.groups)
@@ -273,7 +276,7 @@ class Trainer:
 
 def _startup_problems(settings: Settings) -> list[str]:
     """What can be seen to be wrong before any process group is made."""
-    problems = layout_problems(settings, device.world_size())
+    problems = layout_problems(settings, device.world_size()) + problems_here(settings)
     for name in ("path", "tokenizer"):
         value = getattr(settings.data, name)
         if value is None:
