@@ -1,4 +1,4 @@
-"""Imports go one way: geometry <- settings <- platform <- parallel <- models | data <- training, conversion, evaluation <- train."""
+"""Imports go one way: geometry <- settings <- platform <- parallel <- models | data <- training, conversion, evaluation."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from llava_mcore.parallel.groups import Groups
 T = TypeVar("T")
 
 
-def from_first(value: T | None, group: dist.ProcessGroup) -> T:
+def from_first(value: T | None, group: dist.ProcessGroup | None) -> T:
     """A picklable value of the group's first rank, on all of its ranks."""
     box = [value]
     dist.broadcast_object_list(box, group=group, group_src=0)

@@ -54,7 +54,7 @@ class FusedAdam(torch.optim.Optimizer):
                 if not self.state[p]:
                     self.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             # adamw adds one to each step; the groups count instead, so it gets throw-away copies one behind.
-            steps = [torch.tensor(float(group["step"] - 1)) for _ in params]
+            steps = [torch.tensor(float(group["step"] - 1), device=p.device) for p in params]
             adamw(
                 params,
                 [p.grad for p in params],
@@ -62,7 +62,8 @@ class FusedAdam(torch.optim.Optimizer):
                 [self.state[p]["exp_avg_sq"] for p in params],
                 [],
                 steps,
-                foreach=True,
+                fused=True,
+                foreach=False,
                 amsgrad=False,
                 beta1=group["betas"][0],
                 beta2=group["betas"][1],
