@@ -175,8 +175,10 @@ class Checkpointer:
         try:
             dist_checkpointing.save(state, str(partial / folder.WEIGHTS), content_metadata=metadata)
         except WriteFailure as failure:  # on every rank, but not every rank knows why
-            reasons = "; ".join(f"rank {rank}: {error}" for rank, (error, _) in failure.failures.items())
-            raise self._not_written(partial, from_first(reasons, dist.group.WORLD)) from failure
+            reasons = [f"rank {rank}: {str(error).splitlines()[0]}" for rank, (error, _) in failure.failures.items()]
+            # torch's file writer keeps the system's reason to itself; how much room is left tells a full disk from other errors.
+            reasons.append(f"{shutil.disk_usage(self.root).free / 2**20:.1f} MiB are free")
+            raise self._not_written(partial, from_first("; ".join(reasons), dist.group.WORLD)) from failure
         except OSError as error:  # of what the first rank writes for all; the launcher ends the others
             raise self._not_written(partial, str(error)) from error
 

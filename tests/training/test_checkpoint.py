@@ -96,7 +96,7 @@ def assert_only_the_first_is_left(run: Path) -> None:
     [
         (400_000, ["no room for a checkpoint of", "lower train.keep_checkpoints or set another train.output_dir"]),
         # Enough by count, and too little for what files and folders take beside the numbers.
-        (850_000, ["could not be written", "No space left on device", "those before it are intact"]),
+        (850_000, ["could not be written (rank 0: ", "0.0 MiB are free", "those before it are intact"]),
     ],
 )
 def test_a_full_disk(runs_material: Material, small_disk: Path, left: int, words: list[str]) -> None:
@@ -133,8 +133,7 @@ def test_a_write_that_fails(kept: KeptRuns, runs_material: Material, tmp_path: P
     settings = runs_material.settings(tmp_path / "run", train={"save_every": 1})
     answers = ranks(2).run(refused_with_file_limit, runs.on("DP2", settings), 100_000)
     for kind, message in answers:
-        assert kind == "CheckpointError" and "File too large" in message, message
-        assert f"{tmp_path}/run/checkpoints/.step_00000002.partial could not be written" in message
+        assert kind == "CheckpointError" and f"{tmp_path}/run/checkpoints/.step_00000002.partial could not be written" in message
     assert_only_the_first_is_left(tmp_path / "run")
     # With room again the same command goes on where it was.
     runs.assert_same(runs.train("DP2", settings), kept.whole("DP2"))

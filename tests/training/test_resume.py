@@ -68,17 +68,16 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def test_killed_during_a_save(runs_material: Material, tmp_path: Path) -> None:
-    steps = {"train": {"steps": 8, "save_every": 1, "keep_checkpoints": 3}}
-    whole = runs.train("DP2", runs_material.settings(tmp_path / "whole", **steps))
-    settings = runs_material.settings(tmp_path / "killed", **steps)
+def test_killed_during_a_save(kept: KeptRuns, runs_material: Material, tmp_path: Path) -> None:
+    whole = kept.whole("DP2")
+    settings = runs_material.settings(tmp_path / "killed", train={"save_every": 1, "keep_checkpoints": 3})
     checkpoints = tmp_path / "killed" / checkpoint_folder.CHECKPOINTS
 
     process = start(settings, tmp_path / "config")
     deadline = time.monotonic() + 120
     try:
         # Past the first checkpoints, and while one is being written.
-        while not ((checkpoints / "step_00000003").exists() and list(checkpoints.glob(".step_*.partial"))):
+        while not ((checkpoints / "step_00000002").exists() and list(checkpoints.glob(".step_*.partial"))):
             assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "config" / "log").read_text()[-3000:]
             time.sleep(0.001)
     finally:
@@ -86,7 +85,7 @@ def test_killed_during_a_save(runs_material: Material, tmp_path: Path) -> None:
     for path in checkpoints.glob("step_*"):
         checkpoint_folder.require_checkpoint(path)
     saved = checkpoint_folder.read_meta(checkpoint_folder.newest(tmp_path / "killed") or "")["step"]
-    assert 3 <= saved < 8
+    assert 2 <= saved < runs.STEPS
 
     process = start(settings, tmp_path / "config")
     assert process.wait(120) == 0, (tmp_path / "config" / "log").read_text()[-3000:]
