@@ -76,14 +76,15 @@ def fail(error: SettingsError, prog: str) -> NoReturn:
 
 
 def stop(message: str, prog: str) -> NoReturn:
-    """Say once what is wrong, not once a rank, and leave with exit code 2.
+    """Say what is wrong, once and not once a rank, and leave with exit code 2.
 
-    The other ranks wait a moment: torchrun ends all of them as soon as one leaves, and it must be the one that has spoken.
+    The other ranks wait before they speak: torchrun ends all of them as soon as one leaves, so they get to it only if the first
+    rank knows of no error.
     """
-    if os.environ.get("RANK", "0") == "0":
-        print(f"{prog}: {message}", file=sys.stderr, flush=True)
-    else:
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
         time.sleep(SPEAKERS_HEAD_START)
+    print(f"{prog}: {'' if rank == '0' else f'rank {rank}: '}{message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 

@@ -229,8 +229,10 @@ class Checkpointer:
         }
 
     def _layout(self) -> dict[str, int]:
+        """What says whether a rank of the checkpoint is the same rank here."""
         parallel = self.settings.parallel
-        return {"world_size": dist.get_world_size(), "tensor": parallel.tensor, "pipeline": parallel.pipeline}
+        sizes = {name: getattr(parallel, name) for name in ("tensor", "pipeline", "context", "virtual_pipeline")}
+        return {"world_size": dist.get_world_size(), **sizes}
 
     def _require_room(self, model: ModelParts) -> None:
         """Compares what will be written with what is free, before anything is written."""

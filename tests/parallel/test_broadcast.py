@@ -57,19 +57,22 @@ def read(parallel: dict[str, Any], failing: int | None) -> dict[str, Any]:
     return {"dp": groups.dp.rank(), "first": groups.is_first_stage, "steps": found, "error": error}
 
 
+# World size, layout, and how many replicas that makes.
 LAYOUTS = [
-    (2, {"tensor": 2}),
-    (2, {"pipeline": 2}),
-    (2, {}),
-    (2, {"context": 2}),
-    (4, {"tensor": 2, "pipeline": 2}),
-    (4, {"tensor": 2}),
+    (2, {"tensor": 2}, 1),
+    (2, {"pipeline": 2}, 1),
+    (2, {}, 2),
+    (2, {"context": 2}, 1),
+    (4, {"tensor": 2, "pipeline": 2}, 1),
+    (4, {"tensor": 2}, 2),
 ]
 
 
-@pytest.mark.parametrize(("size", "parallel"), LAYOUTS)
-def test_every_rank_gets_its_replicas_steps(size: int, parallel: dict[str, Any]) -> None:
-    for rank in ranks(size).run(read, parallel, None):
+@pytest.mark.parametrize(("size", "parallel", "replicas"), LAYOUTS)
+def test_every_rank_gets_its_replicas_steps(size: int, parallel: dict[str, Any], replicas: int) -> None:
+    found = ranks(size).run(read, parallel, None)
+    assert {rank["dp"] for rank in found} == set(range(replicas))
+    for rank in found:
         assert rank["error"] is None and len(rank["steps"]) == 3
         for number, step in enumerate(rank["steps"]):
             for at, (name, shape, pixels) in enumerate(step):
@@ -78,9 +81,8 @@ def test_every_rank_gets_its_replicas_steps(size: int, parallel: dict[str, Any])
                 assert (pixels == 100.0 * rank["dp"] + number).all()
 
 
-@pytest.mark.parametrize(("size", "parallel"), LAYOUTS)
-def test_an_error_of_one_reader_is_every_ranks(size: int, parallel: dict[str, Any]) -> None:
-    replicas = 2 if parallel in ({}, {"tensor": 2}) and size // parallel.get("tensor", 1) == 2 else 1
+@pytest.mark.parametrize(("size", "parallel", "replicas"), LAYOUTS)
+def test_an_error_of_one_reader_is_every_ranks(size: int, parallel: dict[str, Any], replicas: int) -> None:
     for failing in range(replicas):
         for rank in ranks(size).run(read, parallel, failing):
             assert len(rank["steps"]) == 1

@@ -139,8 +139,13 @@ def test_a_write_that_fails(kept: KeptRuns, runs_material: Material, tmp_path: P
     runs.assert_same(runs.train("DP2", settings), kept.whole("DP2"))
 
 
-def test_a_tokenizer_that_cannot_be_written(runs_material: Material, tmp_path: Path) -> None:
-    """What the first rank writes alone fails on that rank alone, and is known on every rank."""
+def test_what_the_first_rank_writes_alone(runs_material: Material, tmp_path: Path) -> None:
+    """It fails on that rank alone, and is known on every rank: here a file stands where the checkpoint is to be named."""
     settings = runs_material.settings(tmp_path / "run", train={"save_every": 1})
-    answers = ranks(2).run(refused_with_file_limit, runs.on("DP2", settings), 600_000)
-    assert [kind for kind, _ in answers] == ["CheckpointError"] * 2
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step_00000001").write_text("in the way")
+    answers = ranks(2).run(runs.refused, runs.on("DP2", settings))
+    assert len(set(answers)) == 1
+    kind, message = answers[0]
+    assert kind == "CheckpointError" and "Not a directory" in message and "step_00000001" in message
+    assert checkpoint_folder.newest(tmp_path / "run") is None and not list((tmp_path / "run" / "checkpoints").glob(".*"))
