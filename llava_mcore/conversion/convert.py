@@ -218,7 +218,7 @@ def _dtype(name: str | None) -> torch.dtype | None:
 @contextmanager
 def _alone() -> Iterator[None]:
     """One process, with the process group Megatron-Core asks for; the group is left again if it was made here."""
-    size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+    size = max(device.world_size(), dist.get_world_size() if dist.is_initialized() else 1)
     if size > 1:
         raise ConversionError(f"conversion runs in one process, not in {size}; start it without torchrun, before the run")
     made = not dist.is_initialized()
