@@ -65,11 +65,16 @@ def test_bad_settings_leave_with_every_problem_and_code_2(capsys):
     assert "2 problems in the settings" in text and "did you mean train.lr?" in text and "train.lr=x" in text
 
 
-def test_only_the_first_rank_complains(capsys, monkeypatch):
+def test_other_ranks_leave_the_word_to_the_first(capsys, monkeypatch):
+    """They speak only after a wait, which torchrun does not leave them where the first rank has the same to say."""
+    waited = []
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: waited.append((seconds, capsys.readouterr().err)))
     with pytest.raises(SystemExit) as end:
         parse("experiment=quickstart", "train.lrr=1")
-    assert end.value.code == 2 and capsys.readouterr().err == ""
+    assert end.value.code == 2
+    assert waited == [(cli.SPEAKERS_HEAD_START, "")]  # nothing was said before the wait
+    assert "rank 1: 1 problem in the settings" in capsys.readouterr().err
 
 
 def test_unknown_options_are_refused(capsys):
