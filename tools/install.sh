@@ -6,7 +6,7 @@ install_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 find_python() {
     local candidate
-    for candidate in python3.12 python3.11 python3 python; do
+    for candidate in python3.11 python3.12 python3 python; do  # 3.11 is the tested one
         if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null; then
             echo "$candidate"
             return

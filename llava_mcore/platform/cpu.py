@@ -1,13 +1,14 @@
 """Megatron-Core over gloo: every replacement that lets its own code run where there is no CUDA, each with its reason.
 
 Written for Megatron-Core 0.16.1. Nothing here is applied where CUDA is present. The numbers do not change: each entry either
-names another device or stands for a call that has nothing to do on a CPU.
+names another device, or stands for a call or a process that has nothing to do on a CPU.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import queue
 import types
 from typing import Any
 
@@ -37,7 +38,7 @@ _applied: list[str] = []
 def apply() -> list[str]:
     """Applies all replacements once and returns one line for each."""
     if not _applied:
-        for change in (_current_device, _factories, _moves, _random_state, _type_names, _no_compile):
+        for change in (_current_device, _factories, _moves, _random_state, _type_names, _no_compile, _write_results):
             change()
             _applied.append((change.__doc__ or change.__name__).strip())
     return list(_applied)
@@ -118,3 +119,12 @@ def _no_compile() -> None:
     import torch._dynamo
 
     torch._dynamo.config.disable = True
+
+
+def _write_results() -> None:
+    """Results of a checkpoint write come through a queue of this process, not through a manager of its own."""
+    # The manager is, on every rank, a new process that imports everything again (seconds, hundreds of MiB) and outlives a killed
+    # run. A write that is waited for needs no more than a queue.
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = queue.Queue()

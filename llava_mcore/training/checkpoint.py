@@ -7,7 +7,6 @@ What a folder holds is said in ``training.checkpoint_folder``.
 from __future__ import annotations
 
 import os
-import queue
 import shutil
 import time
 from collections.abc import Callable
@@ -19,7 +18,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException as WriteFailure
@@ -31,10 +29,6 @@ from llava_mcore.settings import compose
 from llava_mcore.settings.schema import ModelSettings, Settings
 from llava_mcore.training import checkpoint_folder as folder
 from llava_mcore.training.checkpoint_folder import CheckpointError
-
-# Megatron-Core would hand the results of a write over through a manager: on every rank a new process that imports everything
-# again (seconds, hundreds of MiB) and outlives a killed run. A write that is waited for needs no more than a queue.
-filesystem_async._results_queue = queue.Queue()
 
 
 def sharding_metadata(groups: Groups) -> dict[str, Any]:
