@@ -7,9 +7,11 @@ from __future__ import annotations
 
 
 def num_patches(image_size: int, patch_size: int) -> int:
-    """Patches of a square picture of ``image_size`` pixels cut into squares of ``patch_size`` pixels."""
-    if image_size % patch_size:
-        raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
+    """Whole patches of a square picture of ``image_size`` pixels cut into squares of ``patch_size`` pixels.
+
+    Pixels that fill no patch, at the right and below, are not seen (384 pixels in patches of 14 are 27 x 27 patches), as in the
+    convolution of the published towers.
+    """
     return (image_size // patch_size) ** 2
 
 

@@ -1,8 +1,6 @@
-"""Names of tensors as data: what each family calls a weight, what this project calls it, and how the two relate.
+"""Every tensor of one model: its name in its family (``settings.families``), its name here, and its shape. No torch.
 
-A new dense decoder or tower is one entry in ``DECODERS`` or ``TOWERS``, plus its line in ``hf_config.py``. No torch.
-
-Shapes are words looked up in the dimensions of a model, so that a wrong tensor is named before anything is written.
+Shapes are looked up in the dimensions of the model, so that a wrong tensor is named before anything is written.
 """
 
 from __future__ import annotations
@@ -10,143 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from math import prod
+from typing import Any
 
-from llava_mcore.geometry import num_patches
+from llava_mcore.settings.families import DECODERS, HEAD, PROJECTORS, TOWERS, Names, Row
 from llava_mcore.settings.schema import ModelSettings
 
 
 class ConversionError(ValueError):
     """A checkpoint cannot be converted; the message names the file or tensor and the fix."""
 
-
-class Part(NamedTuple):
-    """A tensor of the published checkpoint: its name below the module's prefix, and its shape in words."""
-
-    name: str
-    shape: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """One tensor of ours and the published tensors it is made of.
-
-    ``fusion`` is a name in ``fusions.FUSIONS``. ``{i}`` stands for the layer's number.
-    """
-
-    ours: str
-    parts: tuple[Part, ...]
-    fusion: str = "same"
-
-
-def row(ours: str, *parts: tuple[str, str], fusion: str = "same") -> Row:
-    """A :class:`Row` from plain pairs."""
-    return Row(ours, tuple(Part(*part) for part in parts), fusion)
-
-
-@dataclass(frozen=True)
-class Family:
-    """One module's rows. ``anchor`` is a published name that every checkpoint of the family holds: it finds the prefix.
-
-    ``unused`` are published tensors that this project never builds, ``buffers`` patterns of tensors that old versions
-    saved although they can be computed.
-    """
-
-    anchor: str
-    rows: tuple[Row, ...]
-    layers: tuple[Row, ...] = ()
-    unused: tuple[Part, ...] = ()
-    buffers: tuple[str, ...] = ()
-
-
-CLIP_TOWER = Family(
-    anchor="embeddings.class_embedding",
-    rows=(
-        row("patch_embedding.weight", ("embeddings.patch_embedding.weight", "hidden channels patch patch"), fusion="flatten"),
-        row("class_embedding", ("embeddings.class_embedding", "hidden")),
-        row("position_embedding", ("embeddings.position_embedding.weight", "positions hidden")),
-        row("pre_layernorm.weight", ("pre_layrnorm.weight", "hidden")),
-        row("pre_layernorm.bias", ("pre_layrnorm.bias", "hidden")),
-    ),
-    layers=(
-        row(
-            "encoder.layers.{i}.self_attention.linear_qkv.layer_norm_weight", ("encoder.layers.{i}.layer_norm1.weight", "hidden")
-        ),
-        row("encoder.layers.{i}.self_attention.linear_qkv.layer_norm_bias", ("encoder.layers.{i}.layer_norm1.bias", "hidden")),
-        row(
-            "encoder.layers.{i}.self_attention.linear_qkv.weight",
-            ("encoder.layers.{i}.self_attn.q_proj.weight", "hidden hidden"),
-            ("encoder.layers.{i}.self_attn.k_proj.weight", "hidden hidden"),
-            ("encoder.layers.{i}.self_attn.v_proj.weight", "hidden hidden"),
-            fusion="qkv",
-        ),
-        row(
-            "encoder.layers.{i}.self_attention.linear_qkv.bias",
-            ("encoder.layers.{i}.self_attn.q_proj.bias", "hidden"),
-            ("encoder.layers.{i}.self_attn.k_proj.bias", "hidden"),
-            ("encoder.layers.{i}.self_attn.v_proj.bias", "hidden"),
-            fusion="qkv",
-        ),
-        row(
-            "encoder.layers.{i}.self_attention.linear_proj.weight",
-            ("encoder.layers.{i}.self_attn.out_proj.weight", "hidden hidden"),
-        ),
-        row("encoder.layers.{i}.self_attention.linear_proj.bias", ("encoder.layers.{i}.self_attn.out_proj.bias", "hidden")),
-        row("encoder.layers.{i}.mlp.linear_fc1.layer_norm_weight", ("encoder.layers.{i}.layer_norm2.weight", "hidden")),
-        row("encoder.layers.{i}.mlp.linear_fc1.layer_norm_bias", ("encoder.layers.{i}.layer_norm2.bias", "hidden")),
-        row("encoder.layers.{i}.mlp.linear_fc1.weight", ("encoder.layers.{i}.mlp.fc1.weight", "ffn hidden")),
-        row("encoder.layers.{i}.mlp.linear_fc1.bias", ("encoder.layers.{i}.mlp.fc1.bias", "ffn")),
-        row("encoder.layers.{i}.mlp.linear_fc2.weight", ("encoder.layers.{i}.mlp.fc2.weight", "hidden ffn")),
-        row("encoder.layers.{i}.mlp.linear_fc2.bias", ("encoder.layers.{i}.mlp.fc2.bias", "hidden")),
-    ),
-    unused=(Part("post_layernorm.weight", "hidden"), Part("post_layernorm.bias", "hidden")),
-    buffers=(r"embeddings\.position_ids",),
-)
-
-LLAMA_DECODER = Family(
-    anchor="embed_tokens.weight",
-    rows=(
-        row("embedding.word_embeddings.weight", ("embed_tokens.weight", "vocab hidden"), fusion="vocab"),
-        row("decoder.final_layernorm.weight", ("norm.weight", "hidden")),
-    ),
-    layers=(
-        row("decoder.layers.{i}.self_attention.linear_qkv.layer_norm_weight", ("layers.{i}.input_layernorm.weight", "hidden")),
-        row(
-            "decoder.layers.{i}.self_attention.linear_qkv.weight",
-            ("layers.{i}.self_attn.q_proj.weight", "query hidden"),
-            ("layers.{i}.self_attn.k_proj.weight", "key hidden"),
-            ("layers.{i}.self_attn.v_proj.weight", "key hidden"),
-            fusion="qkv",
-        ),
-        row("decoder.layers.{i}.self_attention.linear_proj.weight", ("layers.{i}.self_attn.o_proj.weight", "hidden query")),
-        row("decoder.layers.{i}.mlp.linear_fc1.layer_norm_weight", ("layers.{i}.post_attention_layernorm.weight", "hidden")),
-        row(
-            "decoder.layers.{i}.mlp.linear_fc1.weight",
-            ("layers.{i}.mlp.gate_proj.weight", "ffn hidden"),
-            ("layers.{i}.mlp.up_proj.weight", "ffn hidden"),
-            fusion="stack",
-        ),
-        row("decoder.layers.{i}.mlp.linear_fc2.weight", ("layers.{i}.mlp.down_proj.weight", "hidden ffn")),
-    ),
-    buffers=(r"layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"rotary_emb\.inv_freq"),
-)
-
-HEAD = Family(anchor="lm_head.weight", rows=(row("output_layer.weight", ("lm_head.weight", "vocab hidden"), fusion="vocab"),))
-
-MLP2X_PROJECTOR = Family(
-    anchor="linear_1.weight",
-    rows=(
-        row("encoder.linear_fc1.weight", ("linear_1.weight", "hidden vision")),
-        row("encoder.linear_fc1.bias", ("linear_1.bias", "hidden")),
-        row("encoder.linear_fc2.weight", ("linear_2.weight", "hidden hidden")),
-        row("encoder.linear_fc2.bias", ("linear_2.bias", "hidden")),
-    ),
-)
-
-TOWERS = {"clip": CLIP_TOWER}
-DECODERS = {"llama": LLAMA_DECODER}
-# "linear" is absent: LlavaForConditionalGeneration always has two layers with an activation between.
-PROJECTORS = {"mlp2x_gelu": MLP2X_PROJECTOR}
 
 # Prefixes of each published module in the generations of llava-hf key names. The first of each line is what transformers 5's
 # save_pretrained writes, and so does an export of a model trained here.
@@ -170,7 +41,12 @@ OUR_PREFIXES = tuple(f"{module}." for module in dict.fromkeys(OUR_MODULE.values(
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of ours with its published parts, names and shapes spelt out for one model."""
+    """One tensor of ours with its published parts, names and shapes spelt out for one model.
+
+    Attributes:
+        pieces: rows of what the parts are made of, one after another; more than there are parts where these are fused.
+        groups: key/value heads.
+    """
 
     ours: str
     shape: tuple[int, ...]
@@ -179,6 +55,7 @@ class Tensor:
     fusion: str
     module: str
     groups: int
+    pieces: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -195,7 +72,7 @@ class Plan:
         return {name: shape for tensor in self.tensors for name, shape in zip(tensor.names, tensor.part_shapes, strict=True)}
 
 
-def families(model: ModelSettings) -> dict[str, Family]:
+def families(model: ModelSettings) -> dict[str, Names]:
     """The family of each module of a model.
 
     Raises:
@@ -206,7 +83,7 @@ def families(model: ModelSettings) -> dict[str, Family]:
             f"model.projector.type={model.projector.type}: LlavaForConditionalGeneration can only express "
             f"{', '.join(PROJECTORS)} projectors, so this model has no Hugging Face form"
         )
-    found = {
+    found: dict[str, Names] = {
         "vision_tower": TOWERS[model.vision.family],
         "projector": PROJECTORS[model.projector.type],
         "language_model": DECODERS[model.language.family],
@@ -224,6 +101,7 @@ def dimensions(model: ModelSettings) -> dict[str, dict[str, int]]:
         "ffn": language.ffn_hidden_size,
         "query": language.num_attention_heads * language.head_dim,
         "key": language.query_groups * language.head_dim,
+        "head": language.head_dim,
         "vocab": language.vocab_size,
     }
     tower = {
@@ -231,7 +109,7 @@ def dimensions(model: ModelSettings) -> dict[str, dict[str, int]]:
         "ffn": vision.ffn_hidden_size,
         "channels": 3,
         "patch": vision.patch_size,
-        "positions": num_patches(vision.image_size, vision.patch_size) + 1,
+        "positions": vision.positions,
     }
     projector = {"hidden": language.hidden_size, "vision": vision.hidden_size}
     return {"vision_tower": tower, "projector": projector, "language_model": decoder, "head": decoder}
@@ -242,40 +120,52 @@ def plan(model: ModelSettings, naming: Naming = DEFAULT_NAMING) -> Plan:
     sizes = dimensions(model)
     used = {"vision_tower": model.vision.used_layers, "language_model": model.language.num_layers}
     groups = {"vision_tower": model.vision.num_attention_heads, "language_model": model.language.query_groups}
+    settings: dict[str, Any] = {"vision_tower": model.vision, "language_model": model.language}
     tensors: list[Tensor] = []
     unused: dict[str, tuple[int, ...]] = {}
-    buffers: list[str] = []
+    extra: list[str] = []
     for module, family in families(model).items():
-        prefix = naming[module]
-
-        def spelt(part: Part, i: int | None, prefix: str = prefix, module: str = module) -> tuple[str, tuple[int, ...]]:
-            return prefix + part.name.format(i=i), tuple(sizes[module][word] for word in part.shape.split())
-
+        prefix, words = naming[module], sizes[module]
         for i, line in _lines(family, used.get(module, 0)):
-            names, shapes = zip(*(spelt(part, i) for part in line.parts), strict=True)
-            ours = f"{OUR_MODULE[module]}.{line.ours.format(i=i)}"
-            shape = _our_shape(line.fusion, shapes, model.language.padded_vocab_size)
-            tensors.append(Tensor(ours, shape, names, shapes, line.fusion, OUR_MODULE[module], groups.get(module, 1)))
-        unused.update(spelt(part, None) for part in family.unused)
+            if line.when is not None and not getattr(settings[module], line.when):
+                continue
+            parts = [(prefix + part.name.format(i=i), part.shape) for part in line.parts]
+            shapes = tuple(_shape(shape, words) for _, shape in parts)
+            tensors.append(
+                Tensor(
+                    ours=f"{OUR_MODULE[module]}.{line.ours.format(i=i)}",
+                    shape=_our_shape(line.fusion, shapes, model.language.padded_vocab_size),
+                    names=tuple(name for name, _ in parts),
+                    part_shapes=shapes,
+                    fusion=line.fusion,
+                    module=OUR_MODULE[module],
+                    groups=groups.get(module, 1),
+                    pieces=tuple(words[word] for _, shape in parts for word in shape.split()[0].split("+")),
+                )
+            )
+        unused.update({prefix + part.name: _shape(part.shape, words) for part in family.unused})
         if module == "vision_tower":
             beyond = range(model.vision.used_layers, model.vision.num_layers)
-            unused.update(spelt(part, i) for i in beyond for line in family.layers for part in line.parts)
-        buffers += [re.escape(prefix) + pattern for pattern in family.buffers]
-    return Plan(tuple(tensors), unused, re.compile("|".join(buffers)))
+            left_out = ((i, part) for i in beyond for line in family.layers for part in line.parts)
+            unused.update({prefix + part.name.format(i=i): _shape(part.shape, words) for i, part in left_out})
+        extra += [re.escape(prefix) + pattern for pattern in family.extra]
+    return Plan(tuple(tensors), unused, re.compile("|".join(extra)))
 
 
-def _lines(family: Family, layers: int) -> Iterator[tuple[int | None, Row]]:
+def _lines(family: Names, layers: int) -> Iterator[tuple[int | None, Row]]:
     yield from ((None, line) for line in family.rows)
     yield from ((i, line) for i in range(layers) for line in family.layers)
+
+
+def _shape(text: str, words: Mapping[str, int]) -> tuple[int, ...]:
+    """``a+b c`` in numbers."""
+    return tuple(sum(words[word] for word in term.split("+")) for term in text.split())
 
 
 def _our_shape(fusion: str, shapes: tuple[tuple[int, ...], ...], padded_vocab: int) -> tuple[int, ...]:
     first = shapes[0]
     if fusion == "flatten":
-        width = 1
-        for size in first[1:]:
-            width *= size
-        return (first[0], width)
+        return (first[0], prod(first[1:]))
     if fusion == "vocab":
         return (padded_vocab, *first[1:])
     return (sum(shape[0] for shape in shapes), *first[1:])

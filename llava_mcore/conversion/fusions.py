@@ -22,14 +22,15 @@ class Fusion(NamedTuple):
 
 def _qkv_join(parts: Sequence[Tensor], entry: Entry) -> Tensor:
     """Rows [q...q k v] of one query group after another, as Megatron-Core's attention reads them."""
-    grouped = [part.reshape(entry.groups, -1, *part.shape[1:]) for part in parts]
+    pieces = parts if len(parts) == len(entry.pieces) else parts[0].split(entry.pieces)
+    grouped = [piece.reshape(entry.groups, -1, *piece.shape[1:]) for piece in pieces]
     return torch.cat(grouped, dim=1).flatten(0, 1)
 
 
 def _qkv_split(tensor: Tensor, entry: Entry) -> list[Tensor]:
     grouped = tensor.reshape(entry.groups, -1, *tensor.shape[1:])
-    sizes = [shape[0] // entry.groups for shape in entry.part_shapes]
-    return [part.flatten(0, 1) for part in grouped.split(sizes, dim=1)]
+    pieces = [part.flatten(0, 1) for part in grouped.split([rows // entry.groups for rows in entry.pieces], dim=1)]
+    return pieces if len(pieces) == len(entry.part_shapes) else [torch.cat(pieces)]
 
 
 def _vocab_join(parts: Sequence[Tensor], entry: Entry) -> Tensor:

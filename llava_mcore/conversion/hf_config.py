@@ -1,99 +1,29 @@
 """config.json of transformers' LLaVA to and from this project's model settings. No torch.
 
-The tables below say which entry means which setting; what cannot be expressed is refused by name.
+``settings.families`` says which entry means which setting; what cannot be expressed is refused by name.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from llava_mcore.conversion.families import ConversionError
-from llava_mcore.settings.schema import LanguageSettings, ModelSettings, VisionSettings
+from llava_mcore.settings.families import DECODERS, TOWERS, Family
+from llava_mcore.settings.schema import ROPE_SCALING, LanguageSettings, ModelSettings, VisionSettings
 
 Config = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class ConfigFamily:
-    """One published architecture of a tower or decoder.
-
-    Args:
-        model_type: its name in config.json.
-        fields: setting -> entry, where they carry the same value.
-        defaults: what transformers assumes where an entry is left out, as published files do.
-        only: entries that must have one of these values, and what it would take otherwise.
-    """
-
-    model_type: str
-    fields: dict[str, str]
-    defaults: Config
-    only: dict[str, tuple[Any, ...]]
-
-
-TOWERS = {
-    "clip": ConfigFamily(
-        model_type="clip_vision_model",
-        fields={
-            "image_size": "image_size",
-            "patch_size": "patch_size",
-            "hidden_size": "hidden_size",
-            "ffn_hidden_size": "intermediate_size",
-            "num_layers": "num_hidden_layers",
-            "num_attention_heads": "num_attention_heads",
-            "norm_eps": "layer_norm_eps",
-        },
-        defaults={
-            "image_size": 224,
-            "patch_size": 32,
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "layer_norm_eps": 1e-5,
-        },
-        only={"hidden_act": (None, "quick_gelu"), "num_channels": (None, 3)},
-    )
-}
-DECODERS = {
-    "llama": ConfigFamily(
-        model_type="llama",
-        fields={
-            "hidden_size": "hidden_size",
-            "ffn_hidden_size": "intermediate_size",
-            "num_layers": "num_hidden_layers",
-            "num_attention_heads": "num_attention_heads",
-            "num_query_groups": "num_key_value_heads",
-            "kv_channels": "head_dim",
-            "vocab_size": "vocab_size",
-            "max_position_embeddings": "max_position_embeddings",
-            "norm_eps": "rms_norm_eps",
-        },
-        defaults={
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": None,
-            "head_dim": None,
-            "vocab_size": 32000,
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-6,
-        },
-        only={
-            "hidden_act": (None, "silu"),
-            "attention_bias": (None, False),
-            "mlp_bias": (None, False),
-            "sliding_window": (None,),
-            "partial_rotary_factor": (None, 1.0),
-        },
-    )
-}
+# Names of "longrope" in older config.json of Phi-3.
+OLD_ROPE_TYPES = ("su", "yarn")
+# Entries of rope_parameters that no calculation reads.
+ROPE_IGNORED = ("finetuned",)
 # Where config.json has no vision_config at all, transformers' LlavaConfig puts this in its place.
 LLAVA_TOWER: Config = {
     "model_type": "clip_vision_model",
@@ -109,8 +39,9 @@ ONLY = {
     "multimodal_projector_bias": (None, True),
     "quantization_config": (None,),
 }
-FEATURES = {"default": "patch", "full": "cls_patch"}
-ROPE_TYPES = (None, "default")
+# What vision_feature_select_strategy keeps, by whether the tower has a class token: "default" drops the first feature whatever
+# it is, so a tower without a class token would lose a patch.
+FEATURES = {True: {"default": "patch", "full": "cls_patch"}, False: {"full": "patch"}}
 
 
 def to_settings(config: Config, where: str | Path = "config.json") -> ModelSettings:
@@ -126,27 +57,25 @@ def to_settings(config: Config, where: str | Path = "config.json") -> ModelSetti
     vision_name, tower = _family(vision, "vision_config", "clip_vision_model", TOWERS, where)
     problems = _unsupported(config, ONLY, "") + _unsupported(text, decoder.only, "text_config.")
     problems += _unsupported(vision, tower.only, "vision_config.")
-    rope, rope_problems = _rope(text)
+    rope, rope_problems = _rope(text, decoder)
     problems += rope_problems
     layer = config.get("vision_feature_layer", -2)
     feature = config.get("vision_feature_select_strategy", "default")
+    features = FEATURES[tower.fixed["class_token"]]
     if not isinstance(layer, int):
         problems.append(f"vision_feature_layer={layer}: only one layer can be selected")
-    if feature not in FEATURES:
-        problems.append(f"vision_feature_select_strategy={feature!r}: known are {', '.join(FEATURES)}")
+    if feature not in features:
+        problems.append(f"vision_feature_select_strategy={feature!r} (known for {vision_name}: {', '.join(features)})")
     if problems:
         raise ConversionError(f"{where}: not supported: " + "; ".join(problems))
 
     vision_fields = _values(vision, tower)
-    language_fields = _values(text, decoder)
     if layer >= 0:  # counted from the front: hidden state 0 is the one before the first layer
         layer -= vision_fields["num_layers"] + 1
-    language_fields["rotary_base"] = rope
-    language_fields["tie_word_embeddings"] = _tied(config)
     values = {
-        "vision": {"family": vision_name, **vision_fields, "select_layer": layer, "select_feature": FEATURES[feature]},
+        "vision": {"family": vision_name, **vision_fields, "select_layer": layer, "select_feature": features[feature]},
         "projector": {"type": "mlp2x_gelu"},
-        "language": {"family": text_name, **language_fields},
+        "language": {"family": text_name, **_values(text, decoder), **rope, "tie_word_embeddings": _tied(config)},
         "image_token_id": _image_token(config),
         "init_std": text.get("initializer_range", 0.02),
     }
@@ -167,6 +96,7 @@ def to_settings(config: Config, where: str | Path = "config.json") -> ModelSetti
 def from_settings(model: ModelSettings, *, bos_id: int | None, eos_id: int | None, pad_id: int | None = None) -> Config:
     """A config.json for a model that was never a Hugging Face one."""
     vision, language = model.vision, model.language
+    tower, decoder = TOWERS[vision.family], DECODERS[language.family]
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
@@ -175,25 +105,21 @@ def from_settings(model: ModelSettings, *, bos_id: int | None, eos_id: int | Non
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "vision_feature_layer": vision.select_layer,
-        "vision_feature_select_strategy": {v: k for k, v in FEATURES.items()}[vision.select_feature],
+        "vision_feature_select_strategy": _strategy(vision),
         "tie_word_embeddings": language.tie_word_embeddings,
         "vision_config": {
-            "model_type": TOWERS[vision.family].model_type,
-            **_entries(vision, TOWERS[vision.family]),
-            "hidden_act": "quick_gelu",
-            "num_channels": 3,
+            "model_type": tower.model_type,
+            **_entries(vision, tower),
+            **tower.constants,
             "projection_dim": vision.hidden_size,
         },
         "text_config": {
-            "model_type": DECODERS[language.family].model_type,
-            **_entries(language, DECODERS[language.family]),
+            "model_type": decoder.model_type,
+            **_entries(language, decoder),
+            **decoder.constants,
             "num_key_value_heads": language.query_groups,
             "head_dim": language.head_dim,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            "rope_parameters": {"rope_type": "default", "rope_theta": language.rotary_base},
-            "rope_theta": language.rotary_base,  # read by transformers before 5.0
+            **_rope_entries(language),
             "initializer_range": model.init_std,
             "tie_word_embeddings": language.tie_word_embeddings,
             "bos_token_id": bos_id,
@@ -214,19 +140,19 @@ def updated(config: Config, model: ModelSettings) -> Config:
         (model.language, before.language, text, DECODERS[before.language.family]),
         (model.vision, before.vision, vision, TOWERS[before.vision.family]),
     ):
-        for setting, entry in family.fields.items():
+        for setting, entry in family.entries.items():
             if getattr(settings, setting) != getattr(old, setting):
                 entries[entry] = getattr(settings, setting)
-    if model.language.rotary_base != before.language.rotary_base:
-        text["rope_theta"] = model.language.rotary_base
-        text["rope_parameters"] = {"rope_type": "default", "rope_theta": model.language.rotary_base}
+    if _rope_entries(model.language) != _rope_entries(before.language):
+        text.pop("original_max_position_embeddings", None)
+        text.update(_rope_entries(model.language))
     if model.language.tie_word_embeddings != before.language.tie_word_embeddings:
         new["tie_word_embeddings"] = text["tie_word_embeddings"] = model.language.tie_word_embeddings
     if model.image_token_id != before.image_token_id:
         new.pop("image_token_id", None)
         new["image_token_index"] = model.image_token_id
     if model.vision.select_feature != before.vision.select_feature:
-        new["vision_feature_select_strategy"] = {v: k for k, v in FEATURES.items()}[model.vision.select_feature]
+        new["vision_feature_select_strategy"] = _strategy(model.vision)
     if model.vision.select_layer != before.vision.select_layer:
         new["vision_feature_layer"] = model.vision.select_layer
     return new
@@ -295,47 +221,85 @@ def _require_llava(config: Config, where: str | Path) -> None:
         )
 
 
-def _family(part: Config, name: str, assumed: str, known: dict[str, ConfigFamily], where: str | Path) -> tuple[str, ConfigFamily]:
+def _family(part: Config, name: str, assumed: str, known: dict[str, Family], where: str | Path) -> tuple[str, Family]:
     kind = part.get("model_type", assumed)
     for key, family in known.items():
         if family.model_type == kind:
             return key, family
     raise ConversionError(
         f"{where}: {name}.model_type {kind!r} is unknown; known: {', '.join(f.model_type for f in known.values())}. "
-        f"A new one is an entry in llava_mcore/conversion/families.py and one in hf_config.py"
+        f"A new one is an entry in llava_mcore/settings/families.py"
     )
 
 
-def _unsupported(part: Config, only: dict[str, tuple[Any, ...]], prefix: str) -> list[str]:
+def _unsupported(part: Config, only: Mapping[str, tuple[Any, ...]], prefix: str) -> list[str]:
     found = []
     for key, allowed in only.items():
-        if part.get(key) not in allowed:
-            values = " or ".join(repr(value) for value in allowed if value is not None) or "null"
-            found.append(f"{prefix}{key}={part[key]!r} (must be {values})")
+        value = part.get(key)
+        if any(one not in allowed for one in (value if isinstance(value, list) else [value])):
+            values = " or ".join(repr(one) for one in allowed if one is not None) or "null"
+            found.append(f"{prefix}{key}={value!r} (must be {values})")
     return found
 
 
-def _rope(text: Config) -> tuple[float, list[str]]:
-    """The rotary base, from transformers 5's ``rope_parameters`` or 4's ``rope_theta`` and ``rope_scaling``."""
+def _rope(text: Config, family: Family) -> tuple[Config, list[str]]:
+    """Settings of the rotary embedding, from transformers 5's ``rope_parameters`` or 4's ``rope_theta`` and ``rope_scaling``."""
+    entry = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    kind = entry.pop("rope_type", None) or entry.pop("type", None) or "default"
+    entry.pop("type", None)
+    base = entry.pop("rope_theta", None) or text.get("rope_theta") or family.defaults["rope_theta"]
+    settings: Config = {"rotary_base": float(base)}
+    share = entry.pop("partial_rotary_factor", None) or text.get("partial_rotary_factor") or 1.0
     problems = []
-    parameters = text.get("rope_parameters") or {}
-    scaling = text.get("rope_scaling") or {}
-    for name, entry in (("rope_parameters", parameters), ("rope_scaling", scaling)):
-        kind = entry.get("rope_type", entry.get("type"))
-        if kind not in ROPE_TYPES:
-            problems.append(f"text_config.{name} of type {kind!r} (rope scaling is not supported)")
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(f"text_config.rope_parameters.partial_rotary_factor={parameters['partial_rotary_factor']} (must be 1.0)")
-    base = parameters.get("rope_theta") or text.get("rope_theta") or 10000.0
-    return float(base), problems
+    if "rotary_percent" in family.entries:
+        settings["rotary_percent"] = share
+    elif share != 1.0:
+        problems.append(f"text_config.rope_parameters.partial_rotary_factor={share} (must be 1.0)")
+    if kind in OLD_ROPE_TYPES and "longrope" in family.rope_types:
+        kind = "longrope"
+    if kind != "default" and kind not in family.rope_types:
+        known = ", ".join(("default", *family.rope_types))
+        problems.append(f"text_config.rope_parameters of type {kind!r} (known for {family.model_type}: {known})")
+    elif kind != "default":
+        fields = {name for names in ROPE_SCALING[kind] for name in names}
+        unknown = sorted(name for name in entry if name not in fields and name not in ROPE_IGNORED)
+        if unknown:
+            problems.append(f"text_config.rope_parameters: {', '.join(unknown)} for type {kind!r}")
+        if "original_max_position_embeddings" in fields:
+            longest = text.get("max_position_embeddings", family.defaults["max_position_embeddings"])
+            entry.setdefault("original_max_position_embeddings", longest)
+            outside = text.get("original_max_position_embeddings", family.defaults.get("original_max_position_embeddings"))
+            if outside is not None:  # it wins in transformers, too
+                entry["original_max_position_embeddings"] = outside
+        settings["rope_scaling"] = {"type": kind, **{name: value for name, value in entry.items() if name in fields}}
+    return settings, problems
 
 
-def _values(part: Config, family: ConfigFamily) -> Config:
-    return {setting: part.get(entry, family.defaults[entry]) for setting, entry in family.fields.items()}
+def _rope_entries(language: LanguageSettings) -> Config:
+    """The rotary embedding as config.json has it, for transformers 5 and those before."""
+    scaling: Config = {"type": "default"}
+    if language.rope_scaling is not None:
+        scaling = {name: value for name, value in asdict(language.rope_scaling).items() if value is not None}
+    parameters = {"rope_type": scaling.pop("type"), "rope_theta": language.rotary_base, **scaling}
+    entries: Config = {"rope_parameters": parameters, "rope_theta": language.rotary_base}
+    if language.rotary_percent != 1.0:
+        parameters["partial_rotary_factor"] = entries["partial_rotary_factor"] = language.rotary_percent
+    if "original_max_position_embeddings" in scaling:  # Phi-3's config reads it there
+        entries["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
+    return entries
 
 
-def _entries(settings: LanguageSettings | VisionSettings, family: ConfigFamily) -> Config:
-    return {entry: getattr(settings, setting) for setting, entry in family.fields.items()}
+def _values(part: Config, family: Family) -> Config:
+    return {setting: part.get(entry, family.defaults[entry]) for setting, entry in family.entries.items()}
+
+
+def _strategy(vision: VisionSettings) -> str:
+    """``vision_feature_select_strategy``."""
+    return next(name for name, kept in FEATURES[vision.class_token].items() if kept == vision.select_feature)
+
+
+def _entries(settings: LanguageSettings | VisionSettings, family: Family) -> Config:
+    return {entry: getattr(settings, setting) for setting, entry in family.entries.items()}
 
 
 def _tied(config: Config) -> bool:

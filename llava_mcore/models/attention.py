@@ -1,6 +1,7 @@
 """Portable core attention: packed samples on torch's scaled_dot_product_attention, on any device, without Transformer Engine.
 
-Shape suffixes: S stream (or patches), B rows of a batch, N query heads, G key/value heads, D width of a head, L one sample.
+Shape suffixes: S stream (or patches), B rows of a batch, N query heads, G key/value heads, D width of a head, L one sample or the
+queries of a part of it, K the keys of that part.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor, cat, nn
 from llava_mcore.models.context_attention import context_attention
 from llava_mcore.models.flash import flash_attention
 from llava_mcore.parallel.sequence import Partition
+
+LEAST_BLOCK = 128  # queries that are worked on at once in a sliding window, at least
 
 
 @dataclass
@@ -48,13 +51,13 @@ class PackedSamples(PackedSeqParams):
 
 
 class PackedAttention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v within each sample; causal or full, grouped queries allowed.
+    """softmax(q k^T / sqrt(D)) v within each sample; causal, perhaps within a sliding window, or full; grouped queries allowed.
 
     The signature is the one Megatron-Core's ``SelfAttention`` builds and calls.
 
     Args:
-        config: supplies a scale override (``softmax_scale``) and whether packed samples go through one flash-attention kernel
-            (``attention_backend``) or one by one through torch's attention; dropout must be off.
+        config: supplies a scale override (``softmax_scale``), the window (``window_size``) and whether packed samples go through
+            one flash-attention kernel (``attention_backend``) or one by one through torch's attention; dropout must be off.
         attn_mask_type: ``causal`` or ``no_mask``.
     """
 
@@ -76,6 +79,8 @@ class PackedAttention(nn.Module):
             raise ValueError("attention dropout is not supported: LLaVA models train without it")
         self.causal = attn_mask_type == AttnMaskType.causal
         self.softmax_scale = softmax_scale or config.softmax_scale
+        # Megatron-Core counts what is seen to the left of a token.
+        self.window = config.window_size[0] + 1 if self.causal and config.window_size else None
         self.flash = config.attention_backend == AttnBackend.flash
 
     def forward(
@@ -105,6 +110,7 @@ class PackedAttention(nn.Module):
                 max(lengths),
                 self.causal,
                 self.softmax_scale,
+                self.window,
             )
             return output_SND[:, None].flatten(2)
         pieces = [
@@ -123,18 +129,35 @@ class PackedAttention(nn.Module):
             raise ValueError("context parallelism is for the causal decoder")
         scale = self.softmax_scale or query_S1ND.shape[-1] ** -0.5
         output_SND = context_attention(
-            query_S1ND[:, 0], key_S1GD[:, 0], value_S1GD[:, 0], partition, samples.cp_group, samples.exchange, scale
+            query_S1ND[:, 0], key_S1GD[:, 0], value_S1GD[:, 0], partition, samples.cp_group, samples.exchange, scale, self.window
         )
         return output_SND[:, None].flatten(2)
 
     def _attend(self, query_LBND: Tensor, key_LBGD: Tensor, value_LBGD: Tensor) -> Tensor:
         """One attention over whole samples: [L, B, N, D] from [L, B, N|G, D]."""
+        length = query_LBND.shape[0]
+        if self.window is None or length <= self.window:
+            return self._product(query_LBND, key_LBGD, value_LBGD, is_causal=self.causal)
+        # So many queries at a time that most keys they are held against are seen.
+        step = max(self.window, LEAST_BLOCK)
+        pieces = []
+        for start in range(0, length, step):
+            first, end = max(0, start - self.window + 1), min(start + step, length)
+            rows, keys = slice(start, end), slice(first, end)
+            distance = torch.arange(start, end, device=query_LBND.device)[:, None] - torch.arange(
+                first, end, device=query_LBND.device
+            )
+            seen = (distance >= 0) & (distance < self.window)
+            pieces.append(self._product(query_LBND[rows], key_LBGD[keys], value_LBGD[keys], attn_mask=seen))
+        return cat(pieces)
+
+    def _product(self, query_LBND: Tensor, key_KBGD: Tensor, value_KBGD: Tensor, **who_sees: Any) -> Tensor:
         output_BNLD = F.scaled_dot_product_attention(
             query_LBND.permute(1, 2, 0, 3),
-            key_LBGD.permute(1, 2, 0, 3),
-            value_LBGD.permute(1, 2, 0, 3),
-            is_causal=self.causal,
+            key_KBGD.permute(1, 2, 0, 3),
+            value_KBGD.permute(1, 2, 0, 3),
             scale=self.softmax_scale,
-            enable_gqa=query_LBND.shape[2] != key_LBGD.shape[2],
+            enable_gqa=query_LBND.shape[2] != key_KBGD.shape[2],
+            **who_sees,
         )
         return output_BNLD.permute(2, 0, 1, 3)

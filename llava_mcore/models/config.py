@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from megatron.core.activations import quick_gelu
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llava_mcore.models.backend import precision_fields
-from llava_mcore.settings.schema import ModelSettings, ParallelSettings, PrecisionSettings
+from llava_mcore.models.rotary import attention_factor
+from llava_mcore.settings.schema import LanguageSettings, ModelSettings, ParallelSettings, PrecisionSettings
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -21,6 +24,7 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 PORTABLE = PrecisionSettings(backend="torch", attention="sdpa")
 
 
@@ -74,9 +78,9 @@ def decoder_config(
     recompute: str,
     precision: PrecisionSettings = PORTABLE,
 ) -> TransformerConfig:
-    """The Llama decoder: RMSNorm, SwiGLU, no biases, grouped queries."""
+    """A Llama-style decoder: RMSNorm, SwiGLU, grouped queries, no biases but those its settings ask for."""
     language = model.language
-    return _config(
+    config = _config(
         dtype,
         parallel.tensor,
         precision,
@@ -104,10 +108,28 @@ def decoder_config(
         activation_func=F.silu,
         gated_linear_unit=True,
         add_bias_linear=False,
+        add_qkv_bias=language.qkv_bias,
+        qk_layernorm=language.qk_norm,
+        window_size=None if language.sliding_window is None else (language.sliding_window - 1, 0),
         **RECOMPUTE[recompute],
-        # Handed to our own rotary embedding (models/language.py), which has no use for it.
-        mrope_section=[language.head_dim // 2],
+        # Handed to our own rotary embedding (models/rotary.py), which has no use for it.
+        mrope_section=[language.rotary_dim // 2],
     )
+    _scale_rotary(config, language)
+    return config
+
+
+def _scale_rotary(config: TransformerConfig, language: LanguageSettings) -> None:
+    """Has Megatron-Core multiply turned queries and keys by a factor, where there is one.
+
+    Its formula for YaRN, (0.1 mscale ln(scaling) + 1) / (0.1 mscale_all_dim ln(scaling) + 1), is the factor for these values. The
+    fused rotary kernel knows no factor.
+    """
+    factor = attention_factor(language)
+    if factor != 1.0:
+        config.apply_rope_fusion = False
+        config.yarn_rotary_scaling_factor = math.e
+        config.yarn_mscale, config.yarn_mscale_all_dim = 10 * (factor - 1), 0.0
 
 
 def _encoder_tensor(parallel: ParallelSettings) -> int:
@@ -118,7 +140,7 @@ def _encoder_tensor(parallel: ParallelSettings) -> int:
 def tower_config(
     model: ModelSettings, parallel: ParallelSettings, dtype: torch.dtype, precision: PrecisionSettings = PORTABLE
 ) -> TransformerConfig:
-    """The CLIP tower: LayerNorm, quick GELU, biases everywhere. It stands whole on the first stage."""
+    """The tower: LayerNorm, biases everywhere. It stands whole on the first stage."""
     vision = model.vision
     return _config(
         dtype,
@@ -131,7 +153,7 @@ def tower_config(
         num_attention_heads=vision.num_attention_heads,
         normalization="LayerNorm",
         layernorm_epsilon=vision.norm_eps,
-        activation_func=quick_gelu,
+        activation_func=ACTIVATIONS[vision.activation],
         add_bias_linear=True,
     )
 

@@ -10,7 +10,8 @@ A rank keeps its queries; keys and values come to it, by one of two exchange sch
 Either way attention is cut into blocks that are causal (a rank's queries against its own keys) or full (against keys of other
 ranks that lie before them), and the blocks' results are merged by their log-sum-exp (Dao et al., 2022,
 https://arxiv.org/abs/2205.14135). Blocks never cross a sample, so nothing leaks. Sums over blocks and ranks are taken in
-float32 at least, in an order that is always the same.
+float32 at least, in an order that is always the same. With a sliding window, blocks out of its reach are left out, and those on
+its edge are worked on by matrix products with a mask.
 
 Shape suffixes: S tokens of one rank, T tokens of the stream, L queries and K keys of a block, N query heads, G key/value heads,
 R query heads for each of those, D width of a head, 1 a batch of one, 2 keys and values.
@@ -39,6 +40,7 @@ def context_attention(
     group: dist.ProcessGroup,
     scheme: str,
     scale: float,
+    window: int | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T) v, causal within each sample, for the tokens that this rank holds.
 
@@ -53,6 +55,7 @@ def context_attention(
         group: the context-parallel group.
         scheme: "all_gather" or "ring".
         scale: of the scores, usually D ** -0.5.
+        window: tokens that a token attends to, itself included (None: all before it in its sample).
 
     Returns:
         [S, N, D] in the dtype of the queries.
@@ -73,7 +76,8 @@ def context_attention(
             f"keys {tuple(key_SGD.shape)} and values {tuple(value_SGD.shape)} must both be "
             f"[{tokens}, a divisor of {heads}, {width}] for queries {tuple(query_SND.shape)}"
         )
-    return _ContextAttention.apply(query_SND, key_SGD, value_SGD, partition, group, scheme, scale)
+    reach = None if window is None or window >= max(partition.sample_lengths, default=0) else window
+    return _ContextAttention.apply(query_SND, key_SGD, value_SGD, partition, group, scheme, scale, reach)
 
 
 class _ContextAttention(torch.autograd.Function):
@@ -89,6 +93,7 @@ class _ContextAttention(torch.autograd.Function):
         group: dist.ProcessGroup,
         scheme: str,
         scale: float,
+        window: int | None,
     ) -> Tensor:
         query_SND = query_SND.contiguous()
         pair_S2GD = torch.stack((key_SGD, value_SGD), dim=1)
@@ -96,37 +101,39 @@ class _ContextAttention(torch.autograd.Function):
         sums_SND = torch.zeros_like(query_SND, dtype=_sum_dtype(query_SND))
         sums_1NSD = _heads_first(sums_SND)
         lse_1NS = torch.full_like(sums_1NSD[..., 0], float("-inf"))
-        for pair_K2GD, blocks, causal in SCHEMES[scheme](partition, group).visits(pair_S2GD):
+        for pair_K2GD, blocks, source, causal in SCHEMES[scheme](partition, group).visits(pair_S2GD):
             key_1GKD, value_1GKD = _key_value(pair_K2GD)
-            for rows, keys in blocks:
+            for (rows, keys), seen_LK in _in_reach(blocks, partition, group.rank(), source, causal, window, query_SND.device):
                 out_1NLD, block_lse_1NL = block_forward(
-                    query_1NSD[:, :, rows], key_1GKD[:, :, keys], value_1GKD[:, :, keys], causal, scale
+                    query_1NSD[:, :, rows], key_1GKD[:, :, keys], value_1GKD[:, :, keys], causal, scale, seen_LK
                 )
                 before_1NL = lse_1NS[:, :, rows]
                 # The first block of a row finds -inf, so its weight is one, and it is taken over to the last bit.
                 weight_1NL = torch.sigmoid(block_lse_1NL - before_1NL)
+                if seen_LK is not None:  # a row that has seen no key yet
+                    weight_1NL = weight_1NL.nan_to_num(0.0)
                 sums_1NSD[:, :, rows].lerp_(out_1NLD.to(sums_1NSD.dtype), weight_1NL[..., None])
                 before_1NL.copy_(torch.logaddexp(before_1NL, block_lse_1NL))
         out_SND = sums_SND.to(query_SND.dtype)
         ctx.save_for_backward(query_SND, pair_S2GD, out_SND, lse_1NS)
-        ctx.exchange = partition, group, scheme, scale
+        ctx.exchange = partition, group, scheme, scale, window
         return out_SND
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_SND: Tensor) -> tuple[Tensor | None, ...]:
         query_SND, pair_S2GD, out_SND, lse_1NS = ctx.saved_tensors
-        partition, group, scheme, scale = ctx.exchange
+        partition, group, scheme, scale, window = ctx.exchange
         dtype = _sum_dtype(query_SND)
         gradient_1NSD, query_1NSD, out_1NSD = map(_heads_first, (gradient_SND.contiguous(), query_SND, out_SND))
         d_query_SND = torch.zeros_like(query_SND, dtype=dtype)
         d_query_1NSD = _heads_first(d_query_SND)
         exchange = SCHEMES[scheme](partition, group)
-        for pair_K2GD, blocks, causal in exchange.visits(pair_S2GD):
+        for pair_K2GD, blocks, source, causal in exchange.visits(pair_S2GD):
             key_1GKD, value_1GKD = _key_value(pair_K2GD)
             d_pair_K2GD = torch.zeros_like(pair_K2GD, dtype=dtype)
             d_key_1GKD, d_value_1GKD = _key_value(d_pair_K2GD)
-            for rows, keys in blocks:
+            for (rows, keys), seen_LK in _in_reach(blocks, partition, group.rank(), source, causal, window, query_SND.device):
                 d_rows_1NLD, d_keys_1GKD, d_values_1GKD = block_backward(
                     gradient_1NSD[:, :, rows],
                     query_1NSD[:, :, rows],
@@ -136,13 +143,14 @@ class _ContextAttention(torch.autograd.Function):
                     lse_1NS[:, :, rows].contiguous(),
                     causal,
                     scale,
+                    seen_LK,
                 )
                 d_query_1NSD[:, :, rows] += d_rows_1NLD
                 d_key_1GKD[:, :, keys] += d_keys_1GKD
                 d_value_1GKD[:, :, keys] += d_values_1GKD
             exchange.give_back(d_pair_K2GD)
         d_key_SGD, d_value_SGD = exchange.own_gradient().to(pair_S2GD.dtype).unbind(1)
-        return d_query_SND.to(query_SND.dtype), d_key_SGD, d_value_SGD, None, None, None, None
+        return d_query_SND.to(query_SND.dtype), d_key_SGD, d_value_SGD, None, None, None, None, None
 
 
 def _heads_first(tensor_SND: Tensor) -> Tensor:
@@ -238,9 +246,40 @@ def _rank_blocks(partition: Partition, rank: int, source: int) -> list[Block]:
     return blocks
 
 
+def _in_reach(
+    blocks: list[Block],
+    partition: Partition,
+    rank: int,
+    source: int | None,
+    causal: bool,
+    window: int | None,
+    device: torch.device,
+) -> Iterator[tuple[Block, Tensor | None]]:
+    """The blocks in which some query sees some key through the window, each with which sees which [L, K].
+
+    That is None where no mask is needed: the block is full, or causal, and the window takes nothing away from it.
+
+    Args:
+        source: the rank whose keys these are, in its order; None for those of the stream.
+    """
+    if window is None:
+        yield from ((block, None) for block in blocks)
+        return
+    queries_S = partition.index(rank)
+    keys_K = np.arange(sum(partition.sample_lengths)) if source is None else partition.index(source)
+    for block in blocks:
+        distance_LK = queries_S[block.rows, None] - keys_K[None, block.keys]
+        seen_LK = distance_LK < window
+        if seen_LK.all():
+            yield block, None
+        elif seen_LK.any():
+            yield block, torch.from_numpy(seen_LK & (distance_LK >= 0) if causal else seen_LK).to(device)
+
+
 # ---- exchange schemes ----
 
-Visit = tuple[Tensor, list[Block], bool]  # keys and values [K, 2, G, D]; blocks that use them; whether these are causal
+# Keys and values [K, 2, G, D]; blocks that use them; the rank they are of (None: the stream's); whether the blocks are causal.
+Visit = tuple[Tensor, list[Block], int | None, bool]
 
 
 class _AllGather:
@@ -254,10 +293,10 @@ class _AllGather:
         """What this rank's queries attend to."""
         rank_order_T2GD = pair_S2GD.new_empty(pair_S2GD.shape[0] * self.group.size(), *pair_S2GD.shape[1:])
         arrival = dist.all_gather_into_tensor(rank_order_T2GD, pair_S2GD, group=self.group, async_op=True)
-        yield pair_S2GD, _own_blocks(self.partition, self.group.rank()), True
+        yield pair_S2GD, _own_blocks(self.partition, self.group.rank()), self.group.rank(), True
         arrival.wait()
         to_stream_T, _ = _orders(self.partition, pair_S2GD.device)
-        yield rank_order_T2GD.index_select(0, to_stream_T), _stream_blocks(self.partition, self.group.rank()), False
+        yield rank_order_T2GD.index_select(0, to_stream_T), _stream_blocks(self.partition, self.group.rank()), None, False
 
     def give_back(self, gradient_K2GD: Tensor) -> None:
         """Takes the gradient of the keys and values of the visit that ends."""
@@ -290,13 +329,14 @@ class _Ring:
         """What this rank's queries attend to; the next keys and values arrive meanwhile."""
         rank, size = self.group.rank(), self.group.size()
         shift = _Shift(pair_S2GD, self.group, tag=0) if size > 1 else None
-        yield pair_S2GD, _own_blocks(self.partition, rank), True
+        yield pair_S2GD, _own_blocks(self.partition, rank), rank, True
         for step in range(1, size):
             assert shift is not None
             pair_S2GD = shift.wait()
             if step + 1 < size:
                 shift = _Shift(pair_S2GD, self.group, tag=0)
-            yield pair_S2GD, _rank_blocks(self.partition, rank, (rank - step) % size), False
+            source = (rank - step) % size
+            yield pair_S2GD, _rank_blocks(self.partition, rank, source), source, False
 
     def give_back(self, gradient_S2GD: Tensor) -> None:
         """Adds what the ranks before this one found for the same keys and values, and sends the sum after them."""
@@ -335,14 +375,19 @@ SCHEMES: dict[str, type[_AllGather] | type[_Ring]] = {"all_gather": _AllGather, 
 # ---- one block ----
 
 
-def block_forward(query_1NLD: Tensor, key_1GKD: Tensor, value_1GKD: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def block_forward(
+    query_1NLD: Tensor, key_1GKD: Tensor, value_1GKD: Tensor, causal: bool, scale: float, seen_LK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention of a block, and the log-sum-exp of its scores.
 
-    Torch's flash attention on the CPU and, in half precision, on CUDA; matrix products elsewhere.
+    Torch's flash attention on the CPU and, in half precision, on CUDA; matrix products elsewhere and where ``seen_LK`` says which
+    query sees which key.
 
     Returns:
         output [1, N, L, D] and log-sum-exp [1, N, L], this in float32 at least.
     """
+    if seen_LK is not None:
+        return plain_forward(query_1NLD, key_1GKD, value_1GKD, causal, scale, seen_LK)
     if query_1NLD.is_cpu:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query_1NLD, key_1GKD, value_1GKD, 0.0, causal, scale=scale
@@ -363,6 +408,7 @@ def block_backward(
     lse_1NL: Tensor,
     causal: bool,
     scale: float,
+    seen_LK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A block's part of the gradients of its queries, keys and values.
 
@@ -371,6 +417,8 @@ def block_backward(
         lse_1NL: log-sum-exp over all keys, contiguous: CUDA kernels index it without its strides.
     """
     arguments = gradient_1NLD, query_1NLD, key_1GKD, value_1GKD, out_1NLD, lse_1NL
+    if seen_LK is not None:
+        return plain_backward(*arguments, causal, scale, seen_LK)
     if query_1NLD.is_cpu:
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*arguments, 0.0, causal, scale=scale)
     if _has_cuda_flash(query_1NLD):
@@ -388,11 +436,13 @@ def _has_cuda_flash(query_1NLD: Tensor) -> bool:
     return query_1NLD.is_cuda and query_1NLD.dtype in (torch.float16, torch.bfloat16) and width % 8 == 0 and width <= 256
 
 
-def plain_forward(query_1NLD: Tensor, key_1GKD: Tensor, value_1GKD: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """``block_forward`` by matrix products, which holds the block's scores."""
-    scores_1GRLK = _scores(query_1NLD, key_1GKD, causal, scale)
+def plain_forward(
+    query_1NLD: Tensor, key_1GKD: Tensor, value_1GKD: Tensor, causal: bool, scale: float, seen_LK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``block_forward`` by matrix products, which holds the block's scores. A query that sees no key gets zeros and -inf."""
+    scores_1GRLK = _scores(query_1NLD, key_1GKD, causal, scale, seen_LK)
     lse_1GRL = scores_1GRLK.logsumexp(-1)
-    weights_1GRLK = (scores_1GRLK - lse_1GRL[..., None]).exp()
+    weights_1GRLK = (scores_1GRLK - lse_1GRL.masked_fill(lse_1GRL == float("-inf"), 0.0)[..., None]).exp()
     out_1GRLD = weights_1GRLK @ value_1GKD[:, :, None].to(weights_1GRLK.dtype)
     return out_1GRLD.flatten(1, 2).to(query_1NLD.dtype), lse_1GRL.flatten(1, 2)
 
@@ -406,13 +456,14 @@ def plain_backward(
     lse_1NL: Tensor,
     causal: bool,
     scale: float,
+    seen_LK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``block_backward`` by matrix products, which holds the block's scores."""
     heads, dtype = key_1GKD.shape[1], _sum_dtype(query_1NLD)
     gradient_1GRLD, query_1GRLD, out_1GRLD = (
         tensor.unflatten(1, (heads, -1)).to(dtype) for tensor in (gradient_1NLD, query_1NLD, out_1NLD)
     )
-    weights_1GRLK = (_scores(query_1NLD, key_1GKD, causal, scale) - lse_1NL.unflatten(1, (heads, -1))[..., None]).exp()
+    weights_1GRLK = (_scores(query_1NLD, key_1GKD, causal, scale, seen_LK) - lse_1NL.unflatten(1, (heads, -1))[..., None]).exp()
     d_weights_1GRLK = gradient_1GRLD @ value_1GKD[:, :, None].to(dtype).mT
     inner_1GRL1 = (gradient_1GRLD * out_1GRLD).sum(-1, keepdim=True)
     d_scores_1GRLK = weights_1GRLK * (d_weights_1GRLK - inner_1GRL1) * scale
@@ -422,12 +473,11 @@ def plain_backward(
     return d_query_1GRLD.flatten(1, 2), d_key_1GKD, d_value_1GKD
 
 
-def _scores(query_1NLD: Tensor, key_1GKD: Tensor, causal: bool, scale: float) -> Tensor:
+def _scores(query_1NLD: Tensor, key_1GKD: Tensor, causal: bool, scale: float, seen_LK: Tensor | None) -> Tensor:
     """Scaled scores [1, G, R, L, K], -inf where a query does not see the key."""
     dtype = _sum_dtype(query_1NLD)
     query_1GRLD = query_1NLD.unflatten(1, (key_1GKD.shape[1], -1)).to(dtype)
     scores_1GRLK = query_1GRLD @ key_1GKD[:, :, None].to(dtype).mT * scale
-    if causal:
-        unseen_LK = torch.ones(scores_1GRLK.shape[-2:], dtype=torch.bool, device=scores_1GRLK.device).triu(1)
-        scores_1GRLK.masked_fill_(unseen_LK, float("-inf"))
-    return scores_1GRLK
+    if seen_LK is None and causal:
+        seen_LK = torch.ones(scores_1GRLK.shape[-2:], dtype=torch.bool, device=scores_1GRLK.device).tril()
+    return scores_1GRLK if seen_LK is None else scores_1GRLK.masked_fill_(~seen_LK, float("-inf"))

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, bool, float | None], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, int, tuple[int, int], float | None], Tensor]
 
 
 @functools.cache
@@ -30,9 +30,15 @@ def torch_kernel() -> Kernel | None:
         return None
 
     def attend(
-        query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, ends_K: Tensor, longest: int, causal: bool, scale: float | None
+        query_TND: Tensor,
+        key_TGD: Tensor,
+        value_TGD: Tensor,
+        ends_K: Tensor,
+        longest: int,
+        sides: tuple[int, int],
+        scale: float | None,
     ) -> Tensor:
-        options: dict[str, Any] = {"scale": scale, "window_size": (-1, 0) if causal else (-1, -1)}
+        options: dict[str, Any] = {"scale": scale, "window_size": sides}
         if query_TND.shape[1] != key_TGD.shape[1]:
             if "enable_gqa" in accepted:
                 options["enable_gqa"] = True
@@ -52,17 +58,39 @@ def package_kernel() -> Kernel | None:
     from flash_attn import flash_attn_varlen_func
 
     def attend(
-        query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, ends_K: Tensor, longest: int, causal: bool, scale: float | None
+        query_TND: Tensor,
+        key_TGD: Tensor,
+        value_TGD: Tensor,
+        ends_K: Tensor,
+        longest: int,
+        sides: tuple[int, int],
+        scale: float | None,
     ) -> Tensor:
         return flash_attn_varlen_func(
-            query_TND, key_TGD, value_TGD, ends_K, ends_K, longest, longest, softmax_scale=scale, causal=causal
+            query_TND,
+            key_TGD,
+            value_TGD,
+            ends_K,
+            ends_K,
+            longest,
+            longest,
+            softmax_scale=scale,
+            causal=sides[1] == 0,
+            window_size=sides,
         )
 
     return attend
 
 
 def flash_attention(
-    query_TND: Tensor, key_TGD: Tensor, value_TGD: Tensor, ends_K: Tensor, longest: int, causal: bool, scale: float | None
+    query_TND: Tensor,
+    key_TGD: Tensor,
+    value_TGD: Tensor,
+    ends_K: Tensor,
+    longest: int,
+    causal: bool,
+    scale: float | None,
+    window: int | None = None,
 ) -> Tensor:
     """softmax(q k^T scale) v within each sample: [T, N, D], bfloat16 or float16 on CUDA.
 
@@ -74,6 +102,7 @@ def flash_attention(
         longest: tokens of the longest sample.
         causal: whether a token sees only itself and what is before it in its sample.
         scale: None is 1 / sqrt(D).
+        window: tokens that a token of a causal sample sees, itself included (None: all before it).
 
     Raises:
         RuntimeError: neither torch nor flash-attn has a kernel (``models.backend.backend_problems`` says so at the start).
@@ -81,4 +110,5 @@ def flash_attention(
     kernel = torch_kernel() or package_kernel()
     if kernel is None:
         raise RuntimeError("no flash attention here; use torch >= 2.11, install flash-attn, or set precision.attention=sdpa")
-    return kernel(query_TND, key_TGD, value_TGD, ends_K, longest, causal, scale)
+    before = -1 if window is None else window - 1
+    return kernel(query_TND, key_TGD, value_TGD, ends_K, longest, (before, 0) if causal else (-1, -1), scale)

@@ -1,45 +1,23 @@
 """The decoder: Megatron-Core's ``GPTModel`` with rotary positions that follow the packed samples and a loss that ignores padding.
 
 Shape suffixes: B rows (always 1: streams are laid end to end), T tokens of a micro-batch, V vocabulary (a tensor-parallel
-rank's part of it), D width of a head.
+rank's part of it).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_block import get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor, nn
+from torch import Tensor
 
-from llava_mcore.models.layers import block_spec, parts_of
+from llava_mcore.models.layers import block_spec
+from llava_mcore.models.rotary import RotaryEmbedding
 from llava_mcore.settings.schema import LanguageSettings
 
 IGNORED = -100
-
-
-class RotaryEmbedding(nn.Module):
-    """Angles of the rotary embedding (Su et al., 2021) at given positions.
-
-    Megatron-Core's own either counts from the start of the stream or walks over the packed samples one by one; looking the
-    angles up by position is exact for any packing and one operation. It takes the place of the multimodal rotary embedding,
-    the one Megatron-Core hands position ids to.
-    """
-
-    def __init__(self, head_dim: int, base: float) -> None:
-        super().__init__()
-        # Computed in float32 on the CPU, so that every device rounds alike.
-        exponents_D = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        self.register_buffer("frequencies_D", 1.0 / (base**exponents_D), persistent=False)
-
-    def forward(self, position_ids_BT: Tensor, _section: Any = None, cp_group: Any = None) -> Tensor:
-        """Position ids [1, T] to angles [T, 1, 1, D], float32."""
-        angles_TD = torch.outer(position_ids_BT[0].float(), self.frequencies_D)  # type: ignore[arg-type]
-        return torch.cat([angles_TD, angles_TD], dim=-1)[:, None, None, :]
 
 
 class LanguageModel(GPTModel):
@@ -66,7 +44,7 @@ class LanguageModel(GPTModel):
         num_layers = get_num_layers_to_build(config, vp_stage, groups.pp.rank())
         super().__init__(
             config,
-            block_spec(AttnMaskType.causal, num_layers, parts_of(config)),
+            block_spec(config, AttnMaskType.causal, num_layers),
             language.padded_vocab_size,
             language.max_position_embeddings,
             pre_process=pre_process,
@@ -79,7 +57,7 @@ class LanguageModel(GPTModel):
             pg_collection=groups,
             vp_stage=vp_stage,
         )
-        self.rotary_pos_emb = RotaryEmbedding(language.head_dim, language.rotary_base)
+        self.rotary_pos_emb = RotaryEmbedding(language)
         rows = language.padded_vocab_size // groups.tp.size()
         self.real_rows = min(max(language.vocab_size - groups.tp.rank() * rows, 0), rows)
 

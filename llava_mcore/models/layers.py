@@ -93,8 +93,9 @@ def mlp_submodules(parts: Parts = TORCH) -> MLPSubmodules:
     return MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row)
 
 
-def layer_spec(mask: AttnMaskType, parts: Parts = TORCH) -> ModuleSpec:
+def layer_spec(config: TransformerConfig, mask: AttnMaskType, parts: Parts = TORCH) -> ModuleSpec:
     """A pre-norm transformer layer whose samples attend causally (decoder) or fully (``no_mask``, tower)."""
+    head_norm = parts.norm if config.qk_layernorm else None
     fused = parts.norm_column is not None
     norm, into = (IdentityOp, parts.norm_column) if fused else (parts.norm, parts.column)
     return ModuleSpec(
@@ -104,7 +105,13 @@ def layer_spec(mask: AttnMaskType, parts: Parts = TORCH) -> ModuleSpec:
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": mask},
-                submodules=SelfAttentionSubmodules(linear_qkv=into, core_attention=parts.attention, linear_proj=parts.row),
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=into,
+                    core_attention=parts.attention,
+                    linear_proj=parts.row,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
+                ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
@@ -115,9 +122,10 @@ def layer_spec(mask: AttnMaskType, parts: Parts = TORCH) -> ModuleSpec:
     )
 
 
-def block_spec(mask: AttnMaskType, num_layers: int, parts: Parts = TORCH) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, mask: AttnMaskType, num_layers: int) -> TransformerBlockSubmodules:
     """``num_layers`` layers (those of this stage) and a final norm."""
-    return TransformerBlockSubmodules(layer_specs=[layer_spec(mask, parts)] * num_layers, layer_norm=parts.norm)
+    parts = parts_of(config)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec(config, mask, parts)] * num_layers, layer_norm=parts.norm)
 
 
 def unmark_unsplit(model: nn.Module) -> None:

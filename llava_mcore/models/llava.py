@@ -2,7 +2,7 @@
 
 Shape suffixes: T tokens of a micro-batch (all its streams end to end), C those of one context-parallel rank, S those of one
 sequence-parallel rank, E image embeddings (e those among this rank's tokens), N pictures (n those this rank encodes), P patches,
-H width of the decoder, V vocabulary (one tensor-parallel rank's part).
+H width of the decoder, V vocabulary (one tensor-parallel rank's part), Q rows of position ids (one, or a second with lengths).
 """
 
 from __future__ import annotations
@@ -216,6 +216,7 @@ class LlavaModel(MegatronModule):
         """
         samples = PackedSamples(sample_lengths=sample_lengths)
         image_places: tuple[Tensor, Tensor | None] = (image_index_E, None)
+        own_C = None
         if self.groups.cp.size() > 1:
             samples.partition = partition(tuple(sample_lengths), self.groups.cp.size())
             samples.cp_group, samples.exchange = self.groups.cp, self.parallel.context_exchange
@@ -223,9 +224,12 @@ class LlavaModel(MegatronModule):
             image_places = _places_among(own_C, image_index_E, len(input_ids_T))
             input_ids_T, position_ids_T = input_ids_T[own_C], position_ids_T[own_C]
             labels_T = None if labels_T is None else labels_T[own_C]
+        position_ids_QT = position_ids_T[None]
+        if self.language_model.rotary_pos_emb.needs_lengths:
+            position_ids_QT = torch.stack([position_ids_T, _length_of_each(sample_lengths, own_C, position_ids_T.device)])
         output = self.language_model(
             input_ids=None,
-            position_ids=position_ids_T[None],
+            position_ids=position_ids_QT,
             attention_mask=None,
             decoder_input=self.embed(input_ids_T, pixel_values_NChw, image_places) if self.pre_process else None,
             labels=None if labels_T is None else labels_T[None],
@@ -240,6 +244,13 @@ class LlavaModel(MegatronModule):
         """One rank's part of the logits to all of them, [T, vocab_size]; on the last stage only."""
         masked_TV = self.language_model.mask_padded_vocabulary(logits_TV)
         return gather_from_tensor_model_parallel_region(masked_TV, group=self.groups.tp)[:, : self.settings.language.vocab_size]
+
+
+def _length_of_each(sample_lengths: list[int], own_C: Tensor | None, device: torch.device) -> Tensor:
+    """For each of this rank's tokens the length of the whole sample it belongs to."""
+    lengths = torch.tensor(sample_lengths, device=device)
+    lengths_T = lengths.repeat_interleave(lengths, output_size=sum(sample_lengths))
+    return lengths_T if own_C is None else lengths_T[own_C]
 
 
 def _places_among(own_C: Tensor, image_index_E: Tensor, total: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
-"""The CLIP vision tower (Radford et al., 2021) on Megatron-Core's ``TransformerBlock``.
+"""The vision tower, CLIP's (Radford et al., 2021) or SigLIP's (Zhai et al., 2023), on Megatron-Core's ``TransformerBlock``.
 
-Shape suffixes: N pictures, C channels, h w picture size, P patches, K positions (P plus the class token), H width of the tower.
+Shape suffixes: N pictures, C channels, h w picture size, P patches, K positions (P and the class token, where there is one), H
+width of the tower.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from llava_mcore.models.backend import padded_pictures
-from llava_mcore.models.layers import Norm, block_spec, parts_of
+from llava_mcore.models.layers import Norm, block_spec
 from llava_mcore.settings.schema import VisionSettings
 
 
@@ -24,20 +25,24 @@ class PatchEmbedding(nn.Module):
     """Cuts a picture into patches and projects each. A linear over flattened patches is the convolution of the published
     models with kernel and stride of one patch, and faster.
 
-    Its weight is [H, C*p*p], the convolution's [H, C, p, p] flattened.
+    Its weight is [H, C*p*p], the convolution's [H, C, p, p] flattened. Pixels that fill no patch are cut off, as the convolution
+    does.
     """
 
     def __init__(self, vision: VisionSettings, dtype: torch.dtype) -> None:
         super().__init__()
         self.patch_size = vision.patch_size
         self.weight = nn.Parameter(torch.empty(vision.hidden_size, 3 * vision.patch_size**2, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(vision.hidden_size, dtype=dtype)) if vision.patch_bias else None
 
     def forward(self, pixels_NChw: Tensor) -> Tensor:
         """[N, C, h, w] to [N, P, H], patches in raster order."""
-        n, c, h, w = pixels_NChw.shape
         p = self.patch_size
-        patches = pixels_NChw.reshape(n, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5)
-        return F.linear(patches.reshape(n, (h // p) * (w // p), c * p * p), self.weight)
+        n, c, h, w = pixels_NChw.shape
+        rows, columns = h // p, w // p
+        whole = pixels_NChw[:, :, : rows * p, : columns * p]
+        patches = whole.reshape(n, c, rows, p, columns, p).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.reshape(n, rows * columns, c * p * p), self.weight, self.bias)
 
 
 class VisionTower(MegatronModule):
@@ -55,15 +60,15 @@ class VisionTower(MegatronModule):
     def __init__(self, config: TransformerConfig, vision: VisionSettings, groups: ProcessGroupCollection) -> None:
         super().__init__(config)
         self.tp_group = groups.tp  # Megatron-Core shards the checkpoint of this module by it
-        self.keep_class_token = vision.select_feature == "cls_patch"
-        num_positions = (vision.image_size // vision.patch_size) ** 2 + 1
-        self.patch_embedding = PatchEmbedding(vision, config.params_dtype)
-        self.class_embedding = nn.Parameter(torch.empty(vision.hidden_size, dtype=config.params_dtype))
-        self.position_embedding = nn.Parameter(torch.empty(num_positions, vision.hidden_size, dtype=config.params_dtype))
-        self.pre_layernorm = Norm(config, vision.hidden_size, vision.norm_eps)
+        self.drop_class_token = vision.class_token and vision.select_feature == "patch"
+        width, dtype = vision.hidden_size, config.params_dtype
+        self.patch_embedding = PatchEmbedding(vision, dtype)
+        self.class_embedding = nn.Parameter(torch.empty(width, dtype=dtype)) if vision.class_token else None
+        self.position_embedding = nn.Parameter(torch.empty(vision.positions, width, dtype=dtype))
+        self.pre_layernorm = Norm(config, width, vision.norm_eps) if vision.pre_norm else None
         self.encoder = TransformerBlock(
             config,
-            block_spec(AttnMaskType.no_mask, config.num_layers, parts_of(config)),
+            block_spec(config, AttnMaskType.no_mask, config.num_layers),
             post_layer_norm=False,
             pg_collection=groups,
         )
@@ -75,9 +80,12 @@ class VisionTower(MegatronModule):
             multiple = get_fp8_align_size(self.config.fp8_recipe)
             blank = padded_pictures(pictures, self.position_embedding.shape[0], multiple) - pictures
             pixels_NChw = F.pad(pixels_NChw, (0, 0, 0, 0, 0, 0, 0, blank))
-        patches_NPH = self.patch_embedding(pixels_NChw.to(self.patch_embedding.weight.dtype))
-        class_N1H = self.class_embedding.expand(patches_NPH.shape[0], 1, -1)
-        hidden_NKH = self.pre_layernorm(torch.cat([class_N1H, patches_NPH], dim=1) + self.position_embedding)
+        hidden_NKH = self.patch_embedding(pixels_NChw.to(self.patch_embedding.weight.dtype))
+        if self.class_embedding is not None:
+            hidden_NKH = torch.cat([self.class_embedding.expand(hidden_NKH.shape[0], 1, -1), hidden_NKH], dim=1)
+        hidden_NKH = hidden_NKH + self.position_embedding
+        if self.pre_layernorm is not None:
+            hidden_NKH = self.pre_layernorm(hidden_NKH)
         hidden_KNH = self.encoder(hidden_NKH.transpose(0, 1).contiguous(), attention_mask=None)
         hidden_NKH = hidden_KNH.transpose(0, 1)[:pictures]
-        return hidden_NKH if self.keep_class_token else hidden_NKH[:, 1:]
+        return hidden_NKH[:, 1:] if self.drop_class_token else hidden_NKH

@@ -84,6 +84,7 @@ def run_layout(checkpoint: Path, parallel: dict[str, Any], batches: list[Batch])
         dist.all_reduce(total, group=groups.dp)
     return {
         "dp": groups.dp.rank(),
+        "tp": groups.tp.rank(),
         "loss": float(total) / sum(batch.loss_tokens for batch in batches),
         "logits": logits,
         "last": groups.is_last_stage,

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from ranks import ranks
 
-from llava_mcore.models import language, vision
+from llava_mcore.models import layers
 from llava_mcore.models.attention import PackedAttention, PackedSamples
 from llava_mcore.models.backend import (
     FLASH_ATTN,
@@ -249,11 +250,12 @@ FUSED = dataclasses.replace(TORCH, norm_column=NormColumn)
 
 
 def test_a_fused_norm_takes_the_place_of_both():
-    spec = layer_spec(AttnMaskType.causal, FUSED).submodules
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2)
+    spec = layer_spec(config, AttnMaskType.causal, FUSED).submodules
     assert spec.input_layernorm is IdentityOp and spec.pre_mlp_layernorm is IdentityOp
     assert spec.self_attention.submodules.linear_qkv is NormColumn and spec.mlp.submodules.linear_fc1 is NormColumn
     assert spec.mlp.submodules.linear_fc2 is RowParallelLinear and spec.sharded_state_dict_keys_map == {}
-    plain = layer_spec(AttnMaskType.causal).submodules
+    plain = layer_spec(config, AttnMaskType.causal).submodules
     assert plain.input_layernorm is Norm and plain.self_attention.submodules.linear_qkv is ColumnParallelLinear
 
 
@@ -261,12 +263,12 @@ def build_with(parts: Any, parallel: ParallelSettings) -> tuple[dict[str, torch.
     """On a rank: weights by their names in a checkpoint, and the loss of each token."""
     run = compose(["experiment=quickstart"])
     groups = process_groups.build(parallel)
-    kept = language.parts_of
-    language.parts_of = vision.parts_of = lambda config: parts
+    kept = layers.parts_of
+    layers.parts_of = lambda config: parts
     try:
         model = build_model(run.model, parallel, "float32", groups)
     finally:
-        language.parts_of = vision.parts_of = kept
+        layers.parts_of = kept
     initialize(model, 7, sharding_metadata(groups))
     (part,) = model
     ids = torch.arange(48) % 500
