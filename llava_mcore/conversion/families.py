@@ -103,6 +103,7 @@ def dimensions(model: ModelSettings) -> dict[str, dict[str, int]]:
         "key": language.query_groups * language.head_dim,
         "head": language.head_dim,
         "vocab": language.vocab_size,
+        "experts": language.num_experts or 0,
     }
     tower = {
         "hidden": vision.hidden_size,
@@ -129,12 +130,14 @@ def plan(model: ModelSettings, naming: Naming = DEFAULT_NAMING) -> Plan:
         for i, line in _lines(family, used.get(module, 0)):
             if line.when is not None and not getattr(settings[module], line.when):
                 continue
-            parts = [(prefix + part.name.format(i=i), part.shape) for part in line.parts]
+            # The parts of one expert after those of another.
+            numbers = range(words["experts"]) if line.fusion == "experts" else range(1)
+            parts = [(prefix + part.name.format(i=i, e=e), part.shape) for e in numbers for part in line.parts]
             shapes = tuple(_shape(shape, words) for _, shape in parts)
             tensors.append(
                 Tensor(
                     ours=f"{OUR_MODULE[module]}.{line.ours.format(i=i)}",
-                    shape=_our_shape(line.fusion, shapes, model.language.padded_vocab_size),
+                    shape=_our_shape(line.fusion, shapes, len(numbers), model.language.padded_vocab_size),
                     names=tuple(name for name, _ in parts),
                     part_shapes=shapes,
                     fusion=line.fusion,
@@ -162,8 +165,10 @@ def _shape(text: str, words: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(sum(words[word] for word in term.split("+")) for term in text.split())
 
 
-def _our_shape(fusion: str, shapes: tuple[tuple[int, ...], ...], padded_vocab: int) -> tuple[int, ...]:
+def _our_shape(fusion: str, shapes: tuple[tuple[int, ...], ...], experts: int, padded_vocab: int) -> tuple[int, ...]:
     first = shapes[0]
+    if fusion == "experts":
+        return (experts, sum(shape[0] for shape in shapes) // experts, *first[1:])
     if fusion == "flatten":
         return (first[0], prod(first[1:]))
     if fusion == "vocab":

@@ -49,6 +49,10 @@ FUSIONS: dict[str, Fusion] = {
         lambda parts, entry: torch.cat(list(parts)),
         lambda tensor, entry: list(tensor.split([shape[0] for shape in entry.part_shapes])),
     ),
+    "experts": Fusion(
+        lambda parts, entry: torch.cat(list(parts)).reshape(entry.shape),
+        lambda tensor, entry: list(tensor.flatten(0, 1).split([shape[0] for shape in entry.part_shapes])),
+    ),
     "vocab": Fusion(_vocab_join, lambda tensor, entry: [tensor[: entry.part_shapes[0][0]]]),
     "qkv": Fusion(_qkv_join, _qkv_split),
 }

@@ -20,6 +20,8 @@ from llava_mcore.settings.schema import ROPE_SCALING, LanguageSettings, ModelSet
 Config = dict[str, Any]
 
 
+# Settings that follow from others, or that weights do not depend on.
+NOT_OF_MODEL = ("num_query_groups", "kv_channels", "router_aux_loss")
 # Names of "longrope" in older config.json of Phi-3.
 OLD_ROPE_TYPES = ("su", "yarn")
 # Entries of rope_parameters that no calculation reads.
@@ -163,7 +165,7 @@ def same_model(one: ModelSettings, other: ModelSettings) -> bool:
 
     def essence(model: ModelSettings) -> tuple[Any, ...]:
         language = model.language
-        fields = {k: v for k, v in asdict(language).items() if k not in ("num_query_groups", "kv_channels")}
+        fields = {k: v for k, v in asdict(language).items() if k not in NOT_OF_MODEL}
         derived = (language.query_groups, language.head_dim)
         return fields, derived, asdict(model.vision), asdict(model.projector), model.image_token_id
 
@@ -290,7 +292,10 @@ def _rope_entries(language: LanguageSettings) -> Config:
 
 
 def _values(part: Config, family: Family) -> Config:
-    return {setting: part.get(entry, family.defaults[entry]) for setting, entry in family.entries.items()}
+    def value(entry: str) -> Any:
+        return part.get(entry, part.get(family.aliases.get(entry, entry), family.defaults[entry]))
+
+    return {setting: value(entry) for setting, entry in family.entries.items()}
 
 
 def _strategy(vision: VisionSettings) -> str:

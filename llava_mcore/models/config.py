@@ -111,12 +111,33 @@ def decoder_config(
         add_qkv_bias=language.qkv_bias,
         qk_layernorm=language.qk_norm,
         window_size=None if language.sliding_window is None else (language.sliding_window - 1, 0),
+        **_expert_fields(language, parallel),
         **RECOMPUTE[recompute],
         # Handed to our own rotary embedding (models/rotary.py), which has no use for it.
         mrope_section=[language.rotary_dim // 2],
     )
     _scale_rotary(config, language)
     return config
+
+
+def _expert_fields(language: LanguageSettings, parallel: ParallelSettings) -> dict[str, Any]:
+    """A mixture of experts in place of the MLP (Shazeer et al., 2017), where the decoder has one; no token is dropped."""
+    if language.num_experts is None:
+        return {}
+    return {
+        "num_moe_experts": language.num_experts,
+        "moe_ffn_hidden_size": language.ffn_hidden_size,
+        "moe_router_topk": language.experts_per_token,
+        # The softmax over the chosen experts alone is the one over all, made to add up to one.
+        "moe_router_pre_softmax": not language.normalize_expert_weights,
+        "moe_router_dtype": "fp32",  # of the weights with which expert outputs are added up; scores: layers.Router
+        "moe_router_load_balancing_type": "aux_loss" if language.router_aux_loss else "none",
+        "moe_aux_loss_coeff": language.router_aux_loss,
+        # Sending each token only where it goes needs CUDA streams in Megatron-Core; gathering all of them does not.
+        "moe_token_dispatcher_type": "alltoall" if torch.cuda.is_available() else "allgather",
+        "expert_model_parallel_size": parallel.expert,
+        "expert_tensor_parallel_size": parallel.tensor,
+    }
 
 
 def _scale_rotary(config: TransformerConfig, language: LanguageSettings) -> None:

@@ -33,9 +33,8 @@ def initialize(model: ModelParts, seed: int, metadata: dict) -> None:
         for shard in nested_values(state):
             if isinstance(shard, ShardedTensor):
                 whole = _draw(shard.key, shard.global_shape, chunk.settings, seed)
-                window = tuple(slice(at, at + size) for at, size in zip(shard.global_offset, shard.local_shape, strict=True))
                 with torch.no_grad():
-                    shard.data.copy_(whole[window])
+                    shard.data.copy_(whole[shard.global_slice()].reshape(shard.data.shape))
 
 
 def _draw(name: str, shape: tuple[int, ...], model: ModelSettings, seed: int) -> Tensor:

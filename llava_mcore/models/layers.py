@@ -14,6 +14,9 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -24,10 +27,8 @@ from llava_mcore.models.attention import PackedAttention
 
 # On disk the norms carry the names they have where they are fused into the linear that follows (Transformer Engine), so that
 # a checkpoint does not depend on the layers it was trained with.
-CHECKPOINT_NAMES = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-}
+ATTENTION_NORM_NAME = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+MLP_NORM_NAME = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 class Norm(nn.Module):
@@ -52,6 +53,14 @@ class Norm(nn.Module):
         if self.bias is not None:
             return F.layer_norm(x, self.shape, self.weight, self.bias, self.eps)
         return F.rms_norm(x, self.shape, self.weight, self.eps)
+
+
+class Router(TopKRouter):
+    """Megatron-Core's router, whose product needs Transformer Engine: where that is not installed, a name is missing there."""
+
+    def gating(self, input: Tensor) -> Tensor:  # noqa: A002 (Megatron-Core's name)
+        """Tokens [S, B, H] to a score for each expert [S, B, E], float32."""
+        return F.linear(input.float(), self.weight.float())
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,11 @@ def layer_spec(config: TransformerConfig, mask: AttnMaskType, parts: Parts = TOR
     head_norm = parts.norm if config.qk_layernorm else None
     fused = parts.norm_column is not None
     norm, into = (IdentityOp, parts.norm_column) if fused else (parts.norm, parts.column)
+    mlp_norm, mlp = norm, ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=into, linear_fc2=parts.row))
+    if config.num_moe_experts is not None:  # the router reads the normalised tokens too, so its norm stands alone
+        experts = ModuleSpec(module=SequentialMLP, submodules=mlp_submodules(parts))
+        mlp_norm, mlp = parts.norm, ModuleSpec(module=MoELayer, submodules=MoESubmodules(experts=experts, router=Router))
+    alone = ({} if norm is IdentityOp else ATTENTION_NORM_NAME) | ({} if mlp_norm is IdentityOp else MLP_NORM_NAME)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -114,10 +128,10 @@ def layer_spec(config: TransformerConfig, mask: AttnMaskType, parts: Parts = TOR
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=norm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=into, linear_fc2=parts.row)),
+            pre_mlp_layernorm=mlp_norm,
+            mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            sharded_state_dict_keys_map={} if fused else CHECKPOINT_NAMES,
+            sharded_state_dict_keys_map=alone,
         ),
     )
 

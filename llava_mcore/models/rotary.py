@@ -29,6 +29,7 @@ def frequencies(language: LanguageSettings) -> Tensor:
     if scaling is None:
         return plain_F
     if scaling.type == "linear":
+        assert scaling.factor is not None
         return plain_F / scaling.factor
     if scaling.type == "llama3":
         return _llama3(plain_F, scaling)

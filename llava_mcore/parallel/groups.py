@@ -54,6 +54,11 @@ class Groups:
         return self.mcore.cp
 
     @property
+    def ep(self) -> dist.ProcessGroup:
+        """Expert-parallel group."""
+        return self.mcore.ep
+
+    @property
     def encoders(self) -> dist.ProcessGroup:
         """The ranks of the first stage that share the pictures of a stream (tensor x context)."""
         return self.mcore.tp_cp
@@ -86,6 +91,7 @@ def build(parallel: ParallelSettings, seed: int = 0) -> Groups:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         context_parallel_size=parallel.context,
+        expert_model_parallel_size=parallel.expert,
         distributed_timeout_minutes=max(1, int(parallel.timeout_minutes)),
         create_gloo_process_groups=False,
     )
@@ -93,7 +99,9 @@ def build(parallel: ParallelSettings, seed: int = 0) -> Groups:
         warnings.simplefilter("ignore")  # it warns of groups that only partial optimizer sharding has
         mcore = ProcessGroupCollection.use_mpu_process_groups()
     torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed + 1, tp_rank=mcore.tp.rank(), ep_rank=0, etp_rank=0, force_reset_rng=True)
+    model_parallel_cuda_manual_seed(
+        seed + 1, tp_rank=mcore.tp.rank(), ep_rank=mcore.ep.rank(), etp_rank=mcore.expt_tp.rank(), force_reset_rng=True
+    )
     alone, _ = dist.new_subgroups(group_size=1)
     tower_tp = alone if parallel.encoder == "data_parallel" else mcore.tp
     replica = _with_same_rank_in(mcore.dp)

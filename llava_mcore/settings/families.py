@@ -70,6 +70,7 @@ class Family(Names):
         model_type: its name in config.json.
         fixed: settings that follow from the family.
         entries: setting -> entry of config.json that carries its value.
+        aliases: entry -> another name that some versions of transformers write it under.
         defaults: what transformers assumes where an entry is left out, as published files do.
         only: entries that must have one of these values.
         constants: entries of the config.json that is written for a model which never had one.
@@ -79,6 +80,7 @@ class Family(Names):
     model_type: str
     fixed: Mapping[str, Any] = field(default_factory=dict)
     entries: Mapping[str, str]
+    aliases: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any]
     only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
@@ -325,6 +327,70 @@ DECODERS: dict[str, Family] = {
         rope_types=("longrope",),
     ),
 }
+
+
+def _experts(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    """A router and its experts in place of the MLP."""
+    each = f"{_THEIRS}.{block}.experts.{{e}}"
+    return (
+        row(f"{_OURS}.mlp.linear_fc1.layer_norm_weight", (f"{_THEIRS}.post_attention_layernorm.weight", "hidden")),
+        row(f"{_OURS}.mlp.router.weight", (f"{_THEIRS}.{block}.gate.weight", "experts hidden")),
+        row(
+            f"{_OURS}.mlp.experts.experts.linear_fc1.weight",
+            (f"{each}.{gate}.weight", "ffn hidden"),
+            (f"{each}.{up}.weight", "ffn hidden"),
+            fusion="experts",
+        ),
+        row(f"{_OURS}.mlp.experts.experts.linear_fc2.weight", (f"{each}.{down}.weight", "hidden ffn"), fusion="experts"),
+    )
+
+
+DECODERS["mixtral"] = replace(
+    DECODERS["mistral"],
+    model_type="mixtral",
+    layers=(*_ATTENTION, *_experts("block_sparse_moe", "w1", "w3", "w2")),
+    fixed={"normalize_expert_weights": True},
+    entries={
+        **DECODERS["mistral"].entries,
+        "num_experts": "num_local_experts",
+        "experts_per_token": "num_experts_per_tok",
+    },
+    defaults={
+        **DECODERS["mistral"].defaults,
+        "rms_norm_eps": 1e-5,
+        "sliding_window": None,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "rope_theta": 1e6,
+    },
+    only={**_PLAIN, "router_jitter_noise": (None, 0.0)},
+)
+DECODERS["qwen3_moe"] = replace(
+    DECODERS["qwen3"],
+    model_type="qwen3_moe",
+    layers=(*_ATTENTION, *_experts("mlp", "gate_proj", "up_proj", "down_proj")),
+    entries={
+        **DECODERS["qwen3"].entries,
+        "ffn_hidden_size": "moe_intermediate_size",
+        "num_experts": "num_experts",
+        "experts_per_token": "num_experts_per_tok",
+        "normalize_expert_weights": "norm_topk_prob",
+    },
+    aliases={"num_experts": "num_local_experts"},
+    defaults={
+        **DECODERS["qwen3"].defaults,
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 4,
+        "head_dim": None,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+    },
+    # Every layer has experts.
+    only={**DECODERS["qwen3"].only, "decoder_sparse_step": (None, 1), "mlp_only_layers": (None,)},
+)
 
 
 # ---- what joins and follows them ----

@@ -35,8 +35,13 @@ def layout_problems(settings: Settings, world_size: int | None = None) -> list[s
             f"parallel.context={parallel.context} = {parallel.model_ranks} ranks a model; start a multiple of "
             f"{parallel.model_ranks} processes or change the layout"
         )
-    if problems and (near := nearest_layouts(settings, world_size or parallel.model_ranks)):
-        problems.append(f"layouts near it that work on {world_size or parallel.model_ranks} processes: " + "; ".join(near))
+    elif world_size is not None and world_size % parallel.least_ranks:
+        problems.append(
+            f"parallel.expert={parallel.expert} does not divide the {world_size // parallel.tensor // parallel.pipeline} data- "
+            f"and context-parallel ranks of {world_size} processes; start a multiple of {parallel.least_ranks} or lower it"
+        )
+    if problems and (near := nearest_layouts(settings, world_size or parallel.least_ranks)):
+        problems.append(f"layouts near it that work on {world_size or parallel.least_ranks} processes: " + "; ".join(near))
     return problems
 
 
@@ -51,6 +56,8 @@ def nearest_layouts(settings: Settings, world_size: int) -> list[str]:
         tensor, pipeline, context = sizes
         if world_size % math.prod(sizes) or stream % (context * tensor) or pipeline > model.language.num_layers:
             continue
+        if world_size // tensor // pipeline % parallel.expert:
+            continue
         if model.language.num_layers % pipeline or _tensor_problems(model, tensor, parallel.encoder):
             continue
         distance = sum(abs(math.log2(have / want)) for have, want in zip(sizes, wanted, strict=True))
@@ -63,7 +70,7 @@ def nearest_layouts(settings: Settings, world_size: int) -> list[str]:
 
 def _split_problems(model: ModelSettings, parallel: ParallelSettings) -> list[str]:
     """Heads, widths and layers that the layout does not divide."""
-    problems = _tensor_problems(model, parallel.tensor, parallel.encoder)
+    problems = _tensor_problems(model, parallel.tensor, parallel.encoder) + _expert_problems(model, parallel)
     layers, split = model.language.num_layers, parallel.pipeline_split
     if split == "even" and layers % parallel.chunks:
         virtual = f" x parallel.virtual_pipeline={parallel.virtual_pipeline}" if parallel.virtual_pipeline > 1 else ""
@@ -73,6 +80,22 @@ def _split_problems(model: ModelSettings, parallel: ParallelSettings) -> list[st
         )
     if isinstance(split, list) and sum(split) != layers:
         problems.append(f"parallel.pipeline_split={split} holds {sum(split)} layers, model.language.num_layers is {layers}")
+    return problems
+
+
+def _expert_problems(model: ModelSettings, parallel: ParallelSettings) -> list[str]:
+    """What experts ask of a layout."""
+    experts = model.language.num_experts
+    if experts is None:
+        return [f"parallel.expert={parallel.expert}: this model has no experts; set parallel.expert=1"] * (parallel.expert > 1)
+    problems = []
+    if experts % parallel.expert:
+        problems.append(
+            f"model.language.num_experts ({experts}) is not divisible by parallel.expert={parallel.expert}; use "
+            f"{_divisors(experts)}"
+        )
+    if parallel.tensor > 1 and not parallel.sequence:
+        problems.append("experts with parallel.tensor > 1 need parallel.sequence=true: each rank routes its part of the tokens")
     return problems
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from math import lcm
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
@@ -52,7 +53,14 @@ def _family_problems(settings: Any, families: Mapping[str, Family], optional: Ma
 
 # Settings that not every family has, with the value that leaves them out.
 OPTIONAL_OF_TOWERS = {"class_token": True, "patch_bias": False, "pre_norm": True, "activation": "quick_gelu"}
-OPTIONAL_OF_DECODERS = {"qkv_bias": False, "qk_norm": False, "sliding_window": None, "rotary_percent": 1.0}
+OPTIONAL_OF_DECODERS = {
+    "qkv_bias": False,
+    "qk_norm": False,
+    "sliding_window": None,
+    "rotary_percent": 1.0,
+    "num_experts": None,
+    "normalize_expert_weights": True,
+}
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -166,9 +174,11 @@ class RopeScaling:
 class LanguageSettings:
     """The decoder."""
 
-    family: str = Field("llama", description="published architecture: llama (Vicuna too), mistral, qwen2, qwen3 or phi3")
+    family: str = Field(
+        "llama", description="published architecture: llama (Vicuna too), mistral, qwen2, qwen3, phi3, mixtral or qwen3_moe"
+    )
     hidden_size: Positive = Field(description="width of the residual stream")
-    ffn_hidden_size: Positive = Field(description="width inside the gated MLP")
+    ffn_hidden_size: Positive = Field(description="width inside the gated MLP; of one expert, where there are experts")
     num_layers: Positive = Field(description="decoder layers")
     num_attention_heads: Positive = Field(description="query heads")
     num_query_groups: Positive | None = Field(None, description="key/value heads (null: as many as query heads)")
@@ -185,6 +195,12 @@ class LanguageSettings:
     qkv_bias: bool = Field(False, description="queries, keys and values have a bias (left out: as the family has it)")
     qk_norm: bool = Field(False, description="an RMS norm over each query and key head (left out: as the family has it)")
     tie_word_embeddings: bool = Field(False, description="the head uses the embedding's weights")
+    num_experts: Positive | None = Field(None, description="experts of each layer (null: one MLP for all tokens)")
+    experts_per_token: Positive = Field(2, description="experts that each token is sent to")
+    normalize_expert_weights: bool = Field(True, description="the weights of a token's experts add up to one")
+    router_aux_loss: float = Field(
+        0.0, ge=0, description="weight of the loss that keeps experts evenly used (Switch Transformers); 0: none"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -200,9 +216,21 @@ class LanguageSettings:
             problems.append(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}"
             )
-        problems += self._rotary_problems()
+        problems += self._rotary_problems() + self._expert_problems()
         _fail_on(problems)
         return self
+
+    def _expert_problems(self) -> list[str]:
+        if self.num_experts is None:
+            needed = self.family in DECODERS and "num_experts" in DECODERS[self.family].entries
+            return [f"num_experts: family {self.family} has experts; set how many"] if needed else []
+        if self.experts_per_token > self.num_experts:
+            return [f"experts_per_token {self.experts_per_token} is more than num_experts {self.num_experts}"]
+        if self.experts_per_token == 1 and self.normalize_expert_weights:
+            return [
+                "experts_per_token=1 with normalize_expert_weights=true gives the router no gradient; set one of them otherwise"
+            ]
+        return []
 
     def _rotary_problems(self) -> list[str]:
         problems, width, scaling = [], self.rotary_dim, self.rope_scaling
@@ -331,6 +359,9 @@ class ParallelSettings:
 
     tensor: Positive = Field(1, description="tensor-parallel ranks")
     pipeline: Positive = Field(1, description="pipeline stages")
+    expert: Positive = Field(
+        1, description="expert-parallel ranks, taken from the data- and context-parallel ones: each holds a part of the experts"
+    )
     context: Positive = Field(1, description="context-parallel ranks: each holds a part of every sample")
     sequence: bool = Field(True, description="sequence parallelism; takes effect where tensor > 1")
     virtual_pipeline: Positive = Field(
@@ -379,6 +410,11 @@ class ParallelSettings:
     def model_ranks(self) -> int:
         """Ranks that work on one stream together."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def least_ranks(self) -> int:
+        """Ranks of the smallest run: expert parallelism may need several replicas of what is not an expert."""
+        return self.tensor * self.pipeline * lcm(self.context, self.expert)
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -29,6 +29,10 @@ from llava_mcore.settings import compose
 from llava_mcore.settings.schema import ModelSettings, Settings
 from llava_mcore.training import checkpoint_folder as folder
 from llava_mcore.training.checkpoint_folder import CheckpointError
+from llava_mcore.training.optimizer import whole_numel
+
+# Settings of the model that its weights do not depend on.
+OF_TRAINING = ("model.init_std", "model.language.router_aux_loss")
 
 
 def sharding_metadata(groups: Groups) -> dict[str, Any]:
@@ -79,7 +83,7 @@ def require_same_model(path: Path, model: ModelSettings) -> None:
     differing = [
         f"{name}: {theirs[name]!r} in the checkpoint, {ours[name]!r} here"
         for name in ours
-        if name != "model.init_std" and theirs[name] != ours[name]
+        if name not in OF_TRAINING and theirs[name] != ours[name]
     ]
     if differing:
         raise CheckpointError(f"{path} is a checkpoint of another model: " + "; ".join(differing))
@@ -225,14 +229,14 @@ class Checkpointer:
     def _layout(self) -> dict[str, int]:
         """What says whether a rank of the checkpoint is the same rank here."""
         parallel = self.settings.parallel
-        sizes = {name: getattr(parallel, name) for name in ("tensor", "pipeline", "context", "virtual_pipeline")}
+        sizes = {name: getattr(parallel, name) for name in ("tensor", "pipeline", "context", "expert", "virtual_pipeline")}
         return {"world_size": dist.get_world_size(), **sizes}
 
     def _require_room(self, model: ModelParts) -> None:
         """Compares what will be written with what is free, before anything is written."""
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        weights = sum(whole_numel(p, self.groups) * p.element_size() for p in model.parameters())
         # Two moments and, for bfloat16 weights, a float32 copy of what is trained.
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        trained = sum(whole_numel(p, self.groups) for p in model.parameters() if p.requires_grad)
         state = trained * (8 if self.settings.train.dtype == "float32" else 12)
         bytes_everywhere: list[int] = [0] * self.groups.mcore.mp.size()
         dist.all_gather_object(bytes_everywhere, weights + state, group=self.groups.mcore.mp)

@@ -105,7 +105,7 @@ def _projector_parameters(model: ModelSettings, tensor: int) -> int:
 
 def world_size_from_environment(settings: Settings) -> int:
     """Processes torchrun started, or without it those one replica of the model needs."""
-    return int(os.environ.get("WORLD_SIZE", settings.parallel.model_ranks))
+    return int(os.environ.get("WORLD_SIZE", settings.parallel.least_ranks))
 
 
 def report(settings: Settings, world_size: int | None = None) -> int:

@@ -134,6 +134,12 @@ def learning_rates(optimizer: MegatronOptimizer, train: TrainSettings) -> float 
     return {module: by_peak[peak] for module, peak in peaks.items() if peak in by_peak}
 
 
+def whole_numel(parameter: nn.Parameter, groups: Groups) -> int:
+    """Elements of a parameter over its expert-parallel ranks, which each hold as many experts."""
+    is_expert = not getattr(parameter, "allreduce", True)
+    return parameter.numel() * (groups.ep.size() if is_expert else 1)
+
+
 def trained_parameters(model: ModelParts, groups: Groups) -> tuple[int, int]:
     """Parameters of the whole model that are trained, and all of them, each counted once; collective over a model replica."""
     own = [
@@ -141,7 +147,8 @@ def trained_parameters(model: ModelParts, groups: Groups) -> tuple[int, int]:
         for parameter in model.parameters()
         if param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter, groups.tp)
     ]
-    counts = torch.tensor([sum(p.numel() for p in own if p.requires_grad), sum(p.numel() for p in own)])
+    sizes = [(whole_numel(parameter, groups), parameter.requires_grad) for parameter in own]
+    counts = torch.tensor([sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)])
     everywhere: list[torch.Tensor] = [None] * groups.mcore.mp.size()  # type: ignore[list-item]
     dist.all_gather_object(everywhere, counts, group=groups.mcore.mp)
     trained, total = torch.stack(everywhere).sum(dim=0).tolist()

@@ -1,7 +1,7 @@
 """Tiny random LLaVA models of every family, of awkward sizes, saved by transformers itself.
 
-Odd numbers of queries a group, of layers and of vocabulary; heads that aren't the width over their number; norms and biases random
-too, so that none is one or zero by accident.
+Odd numbers of queries a group, of layers and of vocabulary; heads that aren't the width over their number; norms and biases
+random too, so that none is one or zero by accident.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SiglipVisionConfig,
 )
 
@@ -76,10 +78,15 @@ def _texts() -> dict[str, PreTrainedConfig]:
             **narrow, rope_parameters=LONGROPE, original_max_position_embeddings=24, tie_word_embeddings=True
         ),
         "siglip qwen2": Qwen2Config(**narrow, tie_word_embeddings=True),
+        "mixtral": MixtralConfig(**SIZES, num_local_experts=6, num_experts_per_tok=3, sliding_window=None),
+        "qwen3 moe": Qwen3MoeConfig(
+            **SIZES, moe_intermediate_size=20, num_experts=6, num_experts_per_tok=2, tie_word_embeddings=True
+        ),
     }
 
 
-DENSE = tuple(_texts())
+EXPERTS = ("mixtral", "qwen3 moe")
+ALL = tuple(_texts())
 
 
 def patches(name: str) -> int:

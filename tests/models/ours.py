@@ -35,14 +35,14 @@ def build(settings: ModelSettings, parallel: dict[str, Any]) -> tuple[ModelParts
 
 
 def shards(model: ModelParts, groups: Groups, values: dict[torch.nn.Parameter, torch.Tensor]) -> list[tuple]:
-    """``values`` of this rank's parameters as (name in the checkpoint, whole shape, offset, tensor)."""
+    """``values`` of this rank's parameters as (name in the checkpoint, whole shape, place in it, tensor)."""
     kept = {parameter: parameter.data for parameter in model.parameters()}
     for parameter in kept:
         parameter.data = values[parameter]
     state = model_state(model, groups)
     apply_factories(state)
     found = [
-        (shard.key, tuple(shard.global_shape), tuple(shard.global_offset), shard.data.detach().clone())
+        (shard.key, tuple(shard.global_shape), shard.global_slice(), shard.data.detach().clone())
         for shard in nested_values(state)
         if isinstance(shard, ShardedTensor)
     ]
@@ -54,10 +54,10 @@ def shards(model: ModelParts, groups: Groups, values: dict[torch.nn.Parameter, t
 def assemble(parts: list[tuple]) -> dict[str, torch.Tensor]:
     """Whole tensors from the shards of all ranks; copies must be equal to the last bit, and nothing may be missing."""
     whole: dict[str, torch.Tensor] = {}
-    for key, shape, offset, tensor in parts:
+    for key, shape, window, tensor in parts:
         target = whole.setdefault(key, torch.full(shape, float("nan")))
-        window = tuple(slice(at, at + size) for at, size in zip(offset, tensor.shape, strict=True))
         seen = target[window]
+        tensor = tensor.reshape(seen.shape)
         assert seen.isnan().all() or torch.equal(seen, tensor), f"{key}: copies differ by {(seen - tensor).abs().max()}"
         target[window] = tensor
     for key, tensor in whole.items():

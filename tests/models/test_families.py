@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP1": (1, {}),
     "TP2": (2, {"tensor": 2}),
     "PP2": (2, {"pipeline": 2, "pipeline_split": [2, 1]}),
+    "EP2": (2, {"expert": 2}),
     "CP2": (2, {"context": 2}),
     "CP2 ring": (2, {"context": 2, "context_exchange": "ring"}),
 }
@@ -41,7 +43,7 @@ TOLERANCE = {"loss": 1e-5, "logits": 1e-5, "gradients": 5e-5}
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path, list, dict]]:
     """Name -> (as transformers saved it, imported, micro-batches, transformers' own results)."""
     found = {}
-    for name in family_models.DENSE:
+    for name in family_models.ALL:
         folder = tmp_path_factory.mktemp(name.replace(" ", "_"))
         hf = family_models.make(name, folder / "hf")
         import_hf(hf, folder / "checkpoint")
@@ -62,6 +64,8 @@ def run_all(checkpoints: dict[str, Path], parallel: dict[str, Any], batches: dic
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equal_transformers(cases: dict, layout: str, record_property: Any) -> None:
     size, parallel = LAYOUTS[layout]
+    if "expert" in parallel:
+        cases = {name: cases[name] for name in family_models.EXPERTS}
     checkpoints = {name: case[1] for name, case in cases.items()}
     batches = {name: case[2] for name, case in cases.items()}
     everywhere = ranks(size).run(run_all, checkpoints, parallel, batches)
@@ -82,14 +86,15 @@ def test_equal_transformers(cases: dict, layout: str, record_property: Any) -> N
 
 
 def loss_of(results: list[dict]) -> float:
-    """Each context-parallel rank has its tokens' share of the sum; tensor-parallel ranks all have the same."""
-    return sum(result["loss"] for result in results if result["last"] and result["tp"] == 0)
+    """Each context-parallel rank has its tokens' share of the sum; tensor- and data-parallel ranks all have the same."""
+    return sum(result["loss"] for result in results if result["last"] and result["tp"] == result["dp"] == 0)
 
 
 def logits_of(results: list[dict], expected: list[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Each sample's logits, ours and theirs."""
-    for result in results:
-        for stream, logits in zip(STREAMS, result["logits"], strict=False):
+    replicas = max(result["dp"] for result in results) + 1
+    for result in (result for result in results if result["logits"]):
+        for stream, logits in zip(STREAMS[result["dp"] :: replicas], result["logits"], strict=True):
             at = 0
             for number in stream:
                 yield logits[at : at + len(expected[number])], expected[number]
@@ -102,8 +107,10 @@ def worst_gradient(results: list[dict], checkpoint: Path, expected: dict[str, to
     floor = 1e-3 * max(float(gradient.abs().max()) for gradient in expected.values())
     worst, compared = 0.0, set()
     for entry in plan(read_model_settings(checkpoint)).tensors:
-        parts = fusions.split(whole.pop(entry.ours), entry)
-        for name, part in zip(map(in_memory, entry.names), parts, strict=True):
+        gradient = whole.pop(entry.ours)
+        # In memory, transformers keeps a layer's experts together as we do.
+        parts = [gradient] if entry.fusion == "experts" else fusions.split(gradient, entry)
+        for name, part in zip(dict.fromkeys(map(in_memory, entry.names)), parts, strict=True):
             compared.add(name)
             difference = (part - expected[name]).abs().max() / expected[name].abs().max().clamp(min=floor)
             worst = max(worst, float(difference))
@@ -116,7 +123,9 @@ def in_memory(saved: str) -> str:
     """The name a saved tensor has in transformers' model."""
     if saved == "language_model.lm_head.weight":
         return "lm_head.weight"
-    return "model." + saved.replace("language_model.model.", "language_model.")
+    name = "model." + saved.replace("language_model.model.", "language_model.").replace("block_sparse_moe", "mlp")
+    name = re.sub(r"experts\.\d+\.(w1|w3|gate_proj|up_proj)\.weight", "experts.gate_up_proj", name)
+    return re.sub(r"experts\.\d+\.(w2|down_proj)\.weight", "experts.down_proj", name)
 
 
 def test_weights_come_back_bit_for_bit(cases: dict, tmp_path: Path) -> None:
