@@ -21,7 +21,8 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PORTABLE = PrecisionSettings(backend="torch", attention="sdpa")
+# Runs on any machine, and also where no gradient buffers were made (training.engine.distribute).
+PORTABLE = PrecisionSettings(backend="torch", attention="sdpa", gradient_accumulation_fusion=False)
 
 
 def _config(dtype: torch.dtype, tensor: int, precision: PrecisionSettings, module: str, **fields: Any) -> TransformerConfig:
@@ -35,10 +36,8 @@ def _config(dtype: torch.dtype, tensor: int, precision: PrecisionSettings, modul
         use_cpu_initialization=not torch.cuda.is_available(),
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
         **precision_fields(precision, module),
         **fields,
     )
@@ -103,6 +102,7 @@ def decoder_config(
         layernorm_epsilon=language.norm_eps,
         activation_func=F.silu,
         gated_linear_unit=True,
+        bias_activation_fusion=True,  # keeps the gate's input for the backward pass and computes the rest again
         add_bias_linear=False,
         **RECOMPUTE[recompute],
         # Handed to our own rotary embedding (models/language.py), which has no use for it.
@@ -132,6 +132,7 @@ def tower_config(
         normalization="LayerNorm",
         layernorm_epsilon=vision.norm_eps,
         activation_func=quick_gelu,
+        bias_activation_fusion=False,
         add_bias_linear=True,
     )
 
@@ -150,5 +151,6 @@ def projector_config(
         ffn_hidden_size=model.language.hidden_size,
         num_attention_heads=_encoder_tensor(parallel),  # it has none, but they must be divisible
         activation_func=F.gelu,
+        bias_activation_fusion=False,  # it would be the tanh approximation
         add_bias_linear=True,
     )
