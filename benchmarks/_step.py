@@ -153,9 +153,9 @@ class Ours:
     def __init__(self, settings: Settings, groups: Groups, hf_folder: str | None = None, text_only: bool = False) -> None:
         train, parallel = settings.train, settings.parallel
         if text_only:
-            self.model = ModelParts([DecoderOnly(settings.model, parallel, train.dtype, groups)])
+            self.model = ModelParts([DecoderOnly(settings.model, parallel, train.dtype, groups, precision=settings.precision)])
         else:
-            self.model = build_model(settings.model, parallel, train.dtype, groups)
+            self.model = build_model(settings.model, parallel, train.dtype, groups, precision=settings.precision)
         if hf_folder is None:
             initialize(self.model, train.seed, sharding_metadata(groups))
         else:

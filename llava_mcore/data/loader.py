@@ -46,6 +46,10 @@ class Batch:
     loss_tokens: int  # labels that are not -100
     real_tokens: int  # tokens that are not padding
 
+    def labelled(self) -> Tensor:
+        """The tokens that have a label, int64 [loss_tokens]."""
+        return (self.labels_T != IGNORE).nonzero()[:, 0]
+
 
 @dataclass
 class Step:

@@ -35,6 +35,7 @@ class PackedSamples(PackedSeqParams):
     sample_lengths: list[int] = field(default_factory=list)
     partition: Partition | None = None  # of the samples over the ranks of cp_group
     exchange: str = "all_gather"  # how those ranks see each other's keys and values
+    asked: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # this rank's tokens whose logits are wanted
     device_ends: Tensor | None = None  # of ends()
 
     def ends(self, device: torch.device) -> Tensor:
@@ -96,6 +97,8 @@ class PackedAttention(nn.Module):
         """Returns [S, B, N*D]. With ``packed_seq_params``, B is 1 and each sample attends within itself."""
         if attention_mask is not None or attention_bias is not None:
             raise ValueError("dense masks and biases are not supported: sample boundaries say who attends to whom")
+        # The value is a view of queries, keys and values together, which would all be kept for the backward pass.
+        value_SBGD = value_SBGD.contiguous()
         if packed_seq_params is None:
             return self._attend(query_SBND, key_SBGD, value_SBGD).flatten(2)
         if packed_seq_params.partition is not None:

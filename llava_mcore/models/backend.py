@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.enums import AttnBackend
 
 from llava_mcore.geometry import round_up
@@ -19,7 +20,9 @@ from llava_mcore.models import flash
 from llava_mcore.settings.schema import PrecisionSettings, Settings
 
 TE, TORCH_FLASH, FLASH_ATTN = "transformer_engine", "torch.varlen_attn", "flash_attn"
+FUSED_GRADIENTS = "fused_weight_gradient_mlp_cuda"  # of Apex; platform/cpu.py has its like
 INSTALL_TE = 'pip install --no-build-isolation "transformer_engine[pytorch]==2.11.0" (needs nvcc and a CUDA torch)'
+INSTALL_APEX = "install NVIDIA's Apex with --cpp_ext --cuda_ext"
 INSTALL_FLASH = "pip install --no-build-isolation flash-attn (needs nvcc and a CUDA torch)"
 
 ATTENTION = {"auto": AttnBackend.auto, "sdpa": AttnBackend.local, "flash": AttnBackend.flash, "fused": AttnBackend.fused}
@@ -30,7 +33,12 @@ def installed() -> set[str]:
     """What of the optional packages can be used here."""
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
-    found = {TE: HAVE_TE, TORCH_FLASH: flash.torch_kernel() is not None, FLASH_ATTN: flash.package_kernel() is not None}
+    found = {
+        TE: HAVE_TE,
+        TORCH_FLASH: flash.torch_kernel() is not None,
+        FLASH_ATTN: flash.package_kernel() is not None,
+        FUSED_GRADIENTS: layers._grad_accum_fusion_available,
+    }
     return {name for name, usable in found.items() if usable}
 
 
@@ -46,12 +54,14 @@ def resolve(precision: PrecisionSettings, dtype: str, cuda: bool, present: set[s
         present: of :func:`installed`.
     """
     fast = cuda and dtype == "bfloat16"
-    backend, attention = precision.backend, precision.attention
+    backend, attention, fusion = precision.backend, precision.attention, precision.gradient_accumulation_fusion
     if backend == "auto":
         backend = "transformer_engine" if fast and TE in present else "torch"
     if attention == "auto" and backend == "torch":
         attention = "flash" if fast and present & {TORCH_FLASH, FLASH_ATTN} else "sdpa"
-    return dataclasses.replace(precision, backend=backend, attention=attention)
+    if fusion is None:
+        fusion = backend == "transformer_engine" or FUSED_GRADIENTS in present
+    return dataclasses.replace(precision, backend=backend, attention=attention, gradient_accumulation_fusion=fusion)
 
 
 def resolve_here(precision: PrecisionSettings, dtype: str) -> PrecisionSettings:
@@ -70,6 +80,7 @@ def precision_fields(precision: PrecisionSettings, module: str) -> dict[str, Any
     fields: dict[str, Any] = {
         "transformer_impl": "transformer_engine" if te else "local",
         "attention_backend": ATTENTION[precision.attention],
+        "gradient_accumulation_fusion": precision.gradient_accumulation_fusion,
         # Its kernel for unpacked streams takes the angle of each token, so it is exact for packed ones too.
         "apply_rope_fusion": te and module == "language_model" and rope_utils.fused_apply_rotary_pos_emb is not None,
     }
@@ -119,6 +130,10 @@ def backend_problems(settings: Settings, cuda: bool, capability: tuple[int, int]
             )
         if dtype != "bfloat16":
             problems.append(f"precision.backend=transformer_engine needs train.dtype=bfloat16, not {dtype}")
+    elif precision.gradient_accumulation_fusion and FUSED_GRADIENTS not in present:
+        problems.append(
+            f"precision.gradient_accumulation_fusion=true: {FUSED_GRADIENTS} is not there; {INSTALL_APEX}, or set it to null"
+        )
     problems += _attention_problems(settings, precision, cuda, present)
     if precision.fp8 is not None:
         problems += _fp8_problems(settings, precision, capability)

@@ -25,7 +25,8 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
-PORTABLE = PrecisionSettings(backend="torch", attention="sdpa")
+# Runs on any machine, and also where no gradient buffers were made (training.engine.distribute).
+PORTABLE = PrecisionSettings(backend="torch", attention="sdpa", gradient_accumulation_fusion=False)
 
 
 def _config(dtype: torch.dtype, tensor: int, precision: PrecisionSettings, module: str, **fields: Any) -> TransformerConfig:
@@ -39,10 +40,8 @@ def _config(dtype: torch.dtype, tensor: int, precision: PrecisionSettings, modul
         use_cpu_initialization=not torch.cuda.is_available(),
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
         **precision_fields(precision, module),
         **fields,
     )
@@ -107,6 +106,7 @@ def decoder_config(
         layernorm_epsilon=language.norm_eps,
         activation_func=F.silu,
         gated_linear_unit=True,
+        bias_activation_fusion=True,  # keeps the gate's input for the backward pass and computes the rest again
         add_bias_linear=False,
         add_qkv_bias=language.qkv_bias,
         qk_layernorm=language.qk_norm,
@@ -175,6 +175,7 @@ def tower_config(
         normalization="LayerNorm",
         layernorm_epsilon=vision.norm_eps,
         activation_func=ACTIVATIONS[vision.activation],
+        bias_activation_fusion=False,
         add_bias_linear=True,
     )
 
@@ -193,5 +194,6 @@ def projector_config(
         ffn_hidden_size=model.language.hidden_size,
         num_attention_heads=_encoder_tensor(parallel),  # it has none, but they must be divisible
         activation_func=F.gelu,
+        bias_activation_fusion=False,  # it would be the tanh approximation
         add_bias_linear=True,
     )

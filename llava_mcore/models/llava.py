@@ -1,8 +1,9 @@
 """The LLaVA model (Liu et al., 2023): tower, projector, splice by index, decoder. Reads like one device; groups do the rest.
 
 Shape suffixes: T tokens of a micro-batch (all its streams end to end), C those of one context-parallel rank, S those of one
-sequence-parallel rank, E image embeddings (e those among this rank's tokens), N pictures (n those this rank encodes), P patches,
-H width of the decoder, V vocabulary (one tensor-parallel rank's part), Q rows of position ids (one, or a second with lengths).
+sequence-parallel rank, E image embeddings, Q tokens whose loss or logits are wanted (e and q those among this rank's tokens), N
+pictures (n those this rank encodes), P patches, H width of the decoder, V vocabulary (one tensor-parallel rank's part), R rows of
+position ids (one, or a second with sample lengths).
 """
 
 from __future__ import annotations
@@ -170,20 +171,20 @@ class LlavaModel(MegatronModule):
         with get_fp8_context(self.projector.config):
             return self.projector(features_nPH.flatten(0, 1))
 
-    def embed(self, input_ids_C: Tensor, pixel_values_NChw: Tensor, image_places: tuple[Tensor, Tensor | None]) -> Tensor:
+    def embed(self, input_ids_C: Tensor, pixel_values_NChw: Tensor, places_e: Tensor, chosen_e: Tensor | None) -> Tensor:
         """Token and image embeddings in their places: [S, 1, H].
 
         Args:
             input_ids_C: of this context-parallel rank.
             pixel_values_NChw: of the whole stream.
-            image_places: where the image embeddings go among this rank's tokens [e], and which of all E they are (None: all).
+            places_e: where the image embeddings go among this rank's tokens.
+            chosen_e: which of all E they are (None: all).
 
         Every tensor-parallel rank computes all C tokens here and keeps its own part, so the gradient of the embeddings is
         complete on each of them.
         """
         text_C1H = self.language_model.embedding(input_ids=input_ids_C[None], position_ids=None)
         image_EH = self.encode_images(pixel_values_NChw)
-        places_e, chosen_e = image_places
         image_eH = image_EH if chosen_e is None else image_EH[chosen_e]
         hidden_C1H = text_C1H.index_copy(0, places_e, image_eH[:, None])
         if self.config.sequence_parallel:
@@ -197,6 +198,7 @@ class LlavaModel(MegatronModule):
         sample_lengths: list[int],
         pixel_values_NChw: Tensor,
         image_index_E: Tensor,
+        asked_Q: Tensor,
         labels_T: Tensor | None = None,
     ) -> Tensor:
         """One micro-batch through the part of the model this rank holds.
@@ -206,32 +208,39 @@ class LlavaModel(MegatronModule):
             position_ids_T: int64, from 0 in each sample.
             sample_lengths: tokens of each sample in order, padding included; sums to T.
             pixel_values_NChw: normalised pixels; N may be 0.
-            image_index_E: int64, where in the stream each image embedding goes.
-            labels_T: int64, already shifted, -100 where nothing is predicted.
+            image_index_E: int64, where in the stream each image embedding goes; on the host, like ``asked_Q``.
+            asked_Q: int64, the tokens whose loss or logits are wanted.
+            labels_T: int64, already shifted; anything where nothing is asked.
 
         Returns:
-            on the last stage the loss of each token [C] in float32 (0 where the label is -100), or without labels the logits
-            [C, V]; on other stages the activations [S, 1, H]. C is T where there is no context parallelism; with it the tokens
-            are those of ``parallel.sequence.partition``.
+            on the last stage the loss of each token [C] in float32 (0 where it is not asked for), or without labels the logits
+            [Q, V] of those among the asked tokens that this rank holds; on other stages the activations [S, 1, H]. C is T where
+            there is no context parallelism; with it the tokens are those of ``parallel.sequence.partition``.
         """
+        device = input_ids_T.device
         samples = PackedSamples(sample_lengths=sample_lengths)
-        image_places: tuple[Tensor, Tensor | None] = (image_index_E, None)
         own_C = None
+        places_e, chosen_e = image_index_E, None  # of the image embeddings: here all
         if self.groups.cp.size() > 1:
             samples.partition = partition(tuple(sample_lengths), self.groups.cp.size())
             samples.cp_group, samples.exchange = self.groups.cp, self.parallel.context_exchange
-            own_C = torch.from_numpy(samples.partition.index(self.groups.cp.rank())).to(input_ids_T.device)
-            image_places = _places_among(own_C, image_index_E, len(input_ids_T))
+            own_C = torch.from_numpy(samples.partition.index(self.groups.cp.rank()))
+            places_e, chosen_e = _places_among(own_C, image_index_E, len(input_ids_T))
+            asked_Q, _ = _places_among(own_C, asked_Q, len(input_ids_T))
+            own_C = own_C.to(device, non_blocking=True)
             input_ids_T, position_ids_T = input_ids_T[own_C], position_ids_T[own_C]
             labels_T = None if labels_T is None else labels_T[own_C]
-        position_ids_QT = position_ids_T[None]
+        position_ids_RT = position_ids_T[None]
         if self.language_model.rotary_pos_emb.needs_lengths:
-            position_ids_QT = torch.stack([position_ids_T, _length_of_each(sample_lengths, own_C, position_ids_T.device)])
+            position_ids_RT = torch.stack([position_ids_T, _length_of_each(sample_lengths, own_C, position_ids_T.device)])
+        samples.asked = asked_Q.to(device, non_blocking=True)
+        places_e = places_e.to(device, non_blocking=True)
+        chosen_e = None if chosen_e is None else chosen_e.to(device, non_blocking=True)
         output = self.language_model(
             input_ids=None,
-            position_ids=position_ids_QT,
+            position_ids=position_ids_RT,
             attention_mask=None,
-            decoder_input=self.embed(input_ids_T, pixel_values_NChw, image_places) if self.pre_process else None,
+            decoder_input=self.embed(input_ids_T, pixel_values_NChw, places_e, chosen_e) if self.pre_process else None,
             labels=None if labels_T is None else labels_T[None],
             packed_seq_params=samples,
         )
@@ -240,10 +249,9 @@ class LlavaModel(MegatronModule):
         # A stage in which nothing is trained still hands its output on through the schedule's backward pass.
         return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_()
 
-    def full_logits(self, logits_TV: Tensor) -> Tensor:
-        """One rank's part of the logits to all of them, [T, vocab_size]; on the last stage only."""
-        masked_TV = self.language_model.mask_padded_vocabulary(logits_TV)
-        return gather_from_tensor_model_parallel_region(masked_TV, group=self.groups.tp)[:, : self.settings.language.vocab_size]
+    def full_logits(self, logits_QV: Tensor) -> Tensor:
+        """One rank's part of the logits to all of them, [Q, vocab_size]; on the last stage only."""
+        return gather_from_tensor_model_parallel_region(logits_QV, group=self.groups.tp)[:, : self.settings.language.vocab_size]
 
 
 def _length_of_each(sample_lengths: list[int], own_C: Tensor | None, device: torch.device) -> Tensor:
@@ -253,10 +261,10 @@ def _length_of_each(sample_lengths: list[int], own_C: Tensor | None, device: tor
     return lengths_T if own_C is None else lengths_T[own_C]
 
 
-def _places_among(own_C: Tensor, image_index_E: Tensor, total: int) -> tuple[Tensor, Tensor]:
-    """Where this rank's tokens ``own_C`` of a stream hold image embeddings, and which of all they are."""
-    place_of_T = torch.full((total,), -1, dtype=torch.int64, device=own_C.device)
-    place_of_T[own_C] = torch.arange(len(own_C), device=own_C.device)
-    places_E = place_of_T[image_index_E]
-    chosen_e = (places_E >= 0).nonzero()[:, 0]
-    return places_E[chosen_e], chosen_e
+def _places_among(own_C: Tensor, index_Q: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """Where those of the stream's tokens ``index_Q`` that are among this rank's ``own_C`` lie there, and which they are."""
+    place_of_T = torch.full((total,), -1, dtype=torch.int64)
+    place_of_T[own_C] = torch.arange(len(own_C))
+    places_Q = place_of_T[index_Q]
+    chosen_q = (places_Q >= 0).nonzero()[:, 0]
+    return places_Q[chosen_q], chosen_q

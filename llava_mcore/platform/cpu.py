@@ -1,7 +1,7 @@
 """Megatron-Core over gloo: every replacement that lets its own code run where there is no CUDA, each with its reason.
 
-Written for Megatron-Core 0.16.1. Nothing here is applied where CUDA is present. The numbers do not change: each entry either
-names another device, or stands for a call or a process that has nothing to do on a CPU.
+Written for Megatron-Core 0.16.1. Nothing here is applied where CUDA is present. The numbers do not change: each entry names
+another device, stands for a call or a process that has nothing to do on a CPU, or for a CUDA kernel by its definition.
 """
 
 from __future__ import annotations
@@ -38,7 +38,18 @@ _applied: list[str] = []
 def apply() -> list[str]:
     """Applies all replacements once and returns one line for each."""
     if not _applied:
-        for change in (_current_device, _factories, _moves, _random_state, _type_names, _no_compile, _write_results):
+        for change in (
+            _current_device,
+            _factories,
+            _moves,
+            _random_state,
+            _type_names,
+            _no_compile,
+            _write_results,
+            _lone_ranks,
+            _weight_gradients,
+            _gated_gradients,
+        ):
             change()
             _applied.append((change.__doc__ or change.__name__).strip())
     return list(_applied)
@@ -128,3 +139,54 @@ def _write_results() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     filesystem_async._results_queue = queue.Queue()
+
+
+def _lone_ranks() -> None:
+    """Gathering parameters and reducing gradients over a group of one rank, in place, is nothing to do."""
+    # Gloo copies the whole buffer to itself, twice: a tenth of a step where there is no data parallelism.
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    def unless_alone(collective: Any) -> Any:
+        @functools.wraps(collective)
+        def run(output: torch.Tensor, given: torch.Tensor, *, group: Any, **options: Any) -> Any:
+            if group.size() == 1 and output.data_ptr() == given.data_ptr():
+                return None
+            return collective(output, given, group=group, **options)
+
+        return run
+
+    buffers.dist_all_gather_func = unless_alone(buffers.dist_all_gather_func)
+    buffers.dist_reduce_scatter_func = unless_alone(buffers.dist_reduce_scatter_func)
+
+
+def _weight_gradients() -> None:
+    """Weight gradients are added to the float32 buffer by the matrix product itself, as Apex's kernel does on CUDA."""
+    from megatron.core.tensor_parallel import layers
+
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(wgrad_gemm_accum_fp32=add_weight_gradient)
+    layers._grad_accum_fusion_available = True
+
+
+def _gated_gradients() -> None:
+    """The gradient of SwiGLU is put together from torch's own of SiLU: the formula in single operations is fast only compiled."""
+    from megatron.core.fusions import fused_bias_swiglu
+
+    fused_bias_swiglu.swiglu_back = swiglu_gradient
+
+
+def swiglu_gradient(gradient_TF: torch.Tensor, gate_and_up: torch.Tensor) -> torch.Tensor:
+    """Gradient of silu(gate) * up, [T, 2F] like its input; T tokens, F width."""
+    gate_TF, up_TF = gate_and_up.chunk(2, dim=-1)
+    result = torch.empty_like(gate_and_up)
+    into_gate_TF, into_up_TF = result.chunk(2, dim=-1)
+    torch.ops.aten.silu_backward.grad_input(gradient_TF * up_TF, gate_TF, grad_input=into_gate_TF)
+    torch.mul(gradient_TF, torch.nn.functional.silu(gate_TF), out=into_up_TF)
+    return result
+
+
+def add_weight_gradient(inputs_TI: torch.Tensor, gradients_TO: torch.Tensor, main_grad_OI: torch.Tensor) -> None:
+    """Adds gradients^T inputs to a weight's float32 gradient, in place; T tokens, I inputs and O outputs of the layer."""
+    if inputs_TI.dtype == torch.float32:
+        main_grad_OI.addmm_(gradients_TO.t(), inputs_TI)
+    else:  # torch's CPU product gives no float32 for bfloat16
+        main_grad_OI.add_(gradients_TO.t().mm(inputs_TI))

@@ -443,6 +443,10 @@ class PrecisionSettings:
     fp8_param_gather: bool = Field(
         default=False, description="keep and gather the FP8 modules' weights in FP8 (float32 masters stay)"
     )
+    gradient_accumulation_fusion: bool | None = Field(
+        default=None,
+        description="matrix products add weight gradients straight to the float32 gradients (null: where the machine can)",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> PrecisionSettings:

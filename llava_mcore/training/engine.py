@@ -125,7 +125,7 @@ def _schedule(model: Iterable[nn.Module], batches: Sequence[Batch], step: Any, g
 def _loss_step(batches: Iterator[Batch], model: nn.Module, *, groups: Groups, device: torch.device) -> tuple[Tensor, Any]:
     """One micro-batch in the form the schedules call: the output, and the function that makes it a loss."""
     batch = next(batches)
-    loss_T = _apply(model, batch, device, batch.labels_T)
+    loss_T = _apply(model, batch, device, batch.labelled(), batch.labels_T)
     return loss_T, partial(_loss_sum, _own_loss_tokens(batch, groups.cp))
 
 
@@ -146,22 +146,22 @@ def _loss_sum(tokens: int, loss_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _logits_step(
     batches: Iterator[Batch], model: nn.Module, *, asked: Iterator[Sequence[int]], device: torch.device
 ) -> tuple[Tensor, Any]:
-    logits_TV = _apply(model, next(batches), device, None)
-    positions_Q = torch.tensor(list(next(asked)), dtype=torch.int64, device=device)
-    return logits_TV, partial(_chosen_logits, _unwrapped(model), positions_Q)
+    logits_QV = _apply(model, next(batches), device, torch.tensor(list(next(asked)), dtype=torch.int64), None)
+    return logits_QV, partial(_full_logits, _unwrapped(model))
 
 
-def _chosen_logits(model: LlavaModel, positions_Q: Tensor, logits_TV: Tensor, non_loss_data: bool) -> Tensor:
-    return model.full_logits(logits_TV[positions_Q]).float()
+def _full_logits(model: LlavaModel, logits_QV: Tensor, non_loss_data: bool) -> Tensor:
+    return model.full_logits(logits_QV).float()
 
 
-def _apply(model: nn.Module, batch: Batch, device: torch.device, labels_T: Tensor | None) -> Tensor:
+def _apply(model: nn.Module, batch: Batch, device: torch.device, asked_Q: Tensor, labels_T: Tensor | None) -> Tensor:
     return model(
         batch.input_ids_T.to(device, non_blocking=True),
         batch.position_ids_T.to(device, non_blocking=True),
         batch.sample_lengths,
         batch.pixel_values_NCHW.to(device, non_blocking=True),
-        batch.image_index_E.to(device, non_blocking=True),
+        batch.image_index_E,
+        asked_Q,
         None if labels_T is None else labels_T.to(device, non_blocking=True),
     )
 

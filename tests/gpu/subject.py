@@ -101,7 +101,8 @@ class Subject:
                 batch_.position_ids_T.to(self.device),
                 batch_.sample_lengths,
                 batch_.pixel_values_NCHW.to(self.device),
-                batch_.image_index_E.to(self.device),
+                batch_.image_index_E,
+                batch_.labelled(),
                 batch_.labels_T.to(self.device),
             ).float()
 

@@ -18,7 +18,7 @@ from llava_mcore.parallel import groups as process_groups
 from llava_mcore.parallel.groups import Groups
 from llava_mcore.parallel.sequence import partition
 from llava_mcore.settings.derive import derive
-from llava_mcore.settings.schema import ModelSettings, ParallelSettings, Settings
+from llava_mcore.settings.schema import ModelSettings, ParallelSettings, PrecisionSettings, Settings
 from llava_mcore.training.checkpoint import load_model, model_state, sharding_metadata
 from llava_mcore.training.checkpoint_folder import read_model_settings
 from llava_mcore.training.engine import _apply, _schedule, distribute, forward_backward, forward_logits
@@ -31,7 +31,7 @@ def build(settings: ModelSettings, parallel: dict[str, Any]) -> tuple[ModelParts
     """A float32 model of this layout."""
     layout = ParallelSettings(**parallel)
     groups = process_groups.build(layout)
-    return build_model(settings, layout, "float32", groups), layout, groups
+    return build_model(settings, layout, "float32", groups, precision=PrecisionSettings()), layout, groups
 
 
 def shards(model: ModelParts, groups: Groups, values: dict[torch.nn.Parameter, torch.Tensor]) -> list[tuple]:
@@ -99,7 +99,7 @@ def train(settings: Settings, batches: list[Batch], steps: int) -> dict[str, Any
         the mean loss and gradient norm of each step, the first step's gradients and the last weights as shards.
     """
     groups = process_groups.build(settings.parallel)
-    model = build_model(settings.model, settings.parallel, "float32", groups, settings.train.recompute)
+    model = build_model(settings.model, settings.parallel, "float32", groups, settings.train.recompute, settings.precision)
     initialize(model, settings.train.seed, sharding_metadata(groups))
     freeze(model, settings.train.freeze, groups)
     ddp = distribute(model, settings.parallel, groups)
@@ -146,4 +146,4 @@ def token_losses(settings: Settings, variants: list[list[Batch]]) -> list[list[t
 
 def _token_loss_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
     batch = next(batches)
-    return _apply(model, batch, CPU, batch.labels_T), lambda loss_T, non_loss_data: loss_T.clone()
+    return _apply(model, batch, CPU, batch.labelled(), batch.labels_T), lambda loss_T, non_loss_data: loss_T.clone()

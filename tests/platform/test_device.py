@@ -88,4 +88,4 @@ device.stop()
 """
     numbers, description = python(code).splitlines()[-2:]
     assert numbers == "0 1 True cpu"
-    assert description.startswith("1 process(es) on ") and "gloo" in description and "8 replacements" in description
+    assert description.startswith("1 process(es) on ") and "gloo" in description and "11 replacements" in description
