@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from llava_mcore.conversion import fusions
-from llava_mcore.conversion.families import ConversionError, Tensor, in_default_naming
+from llava_mcore.conversion.families import ConversionError, Tensor
+from llava_mcore.conversion.layouts import in_default_naming
 from llava_mcore.conversion.views import CheckpointView, View
 from llava_mcore.conversion.weights import cast, raw
 

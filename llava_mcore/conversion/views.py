@@ -12,14 +12,13 @@ import torch
 from llava_mcore.conversion import fusions, hf_config
 from llava_mcore.conversion.families import (
     DEFAULT_NAMING,
-    PREFIXES,
     ConversionError,
     Naming,
     Plan,
     Tensor,
-    find_naming,
     plan,
 )
+from llava_mcore.conversion.layouts import PREFIXES, find_naming
 from llava_mcore.conversion.weights import DistributedReader, Info, SafetensorsReader
 from llava_mcore.settings.schema import ModelSettings
 from llava_mcore.training import checkpoint_folder as folder
