@@ -6,7 +6,7 @@ Shapes are looked up in the dimensions of the model, so that a wrong tensor is n
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -19,16 +19,14 @@ class ConversionError(ValueError):
     """A checkpoint cannot be converted; the message names the file or tensor and the fix."""
 
 
-# Prefixes of each published module in the generations of llava-hf key names. The first of each line is what transformers 5's
-# save_pretrained writes, and so does an export of a model trained here.
-PREFIXES: dict[str, tuple[str, ...]] = {
-    "vision_tower": ("vision_tower.", "vision_tower.vision_model.", "model.vision_tower.", "model.vision_tower.vision_model."),
-    "projector": ("multi_modal_projector.", "model.multi_modal_projector."),
-    "language_model": ("language_model.model.", "model.language_model."),
-    "head": ("language_model.", ""),
-}
+# The prefix of each module's published names; what save_pretrained of transformers 5 writes. ``layouts.py`` knows the others.
 Naming = Mapping[str, str]
-DEFAULT_NAMING: Naming = {module: prefixes[0] for module, prefixes in PREFIXES.items()}
+DEFAULT_NAMING: Naming = {
+    "vision_tower": "vision_tower.",
+    "projector": "multi_modal_projector.",
+    "language_model": "language_model.model.",
+    "head": "language_model.",
+}
 # The head lies apart from the decoder in published names, and inside it in ours.
 OUR_MODULE = {
     "vision_tower": "vision_tower",
@@ -174,34 +172,3 @@ def _our_shape(fusion: str, shapes: tuple[tuple[int, ...], ...], experts: int, p
     if fusion == "vocab":
         return (padded_vocab, *first[1:])
     return (sum(shape[0] for shape in shapes), *first[1:])
-
-
-def find_naming(names: Collection[str], model: ModelSettings, where: str) -> dict[str, str]:
-    """Which generation of key names a checkpoint uses, found for each module by itself.
-
-    Raises:
-        ConversionError: if a module is not there under any known name, or under two of them.
-    """
-    naming = dict(DEFAULT_NAMING)
-    problems = []
-    for module, family in families(model).items():
-        found = [prefix for prefix in PREFIXES[module] if prefix + family.anchor in names]
-        if len(found) == 1:
-            naming[module] = found[0]
-        elif found:
-            problems.append("two tensors for one name: " + " and ".join(prefix + family.anchor for prefix in found))
-        else:
-            problems.append(
-                f"no {OUR_MODULE[module]}: none of " + ", ".join(prefix + family.anchor for prefix in PREFIXES[module])
-            )
-    if problems:
-        raise ConversionError(f"{where}: " + "; ".join(problems))
-    return naming
-
-
-def in_default_naming(name: str, naming: Naming) -> str:
-    """A published name as today's ``save_pretrained`` writes it, so that checkpoints of two generations can be compared."""
-    for module in sorted(naming, key=lambda module: -len(naming[module])):
-        if name.startswith(naming[module]):
-            return DEFAULT_NAMING[module] + name.removeprefix(naming[module])
-    return name

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
-from llava_mcore.conversion import fusions
-from llava_mcore.conversion.families import ConversionError, Tensor, in_default_naming
+from llava_mcore.conversion.families import ConversionError, Tensor
+from llava_mcore.conversion.layouts import in_default_naming
 from llava_mcore.conversion.views import CheckpointView, View
-from llava_mcore.conversion.weights import cast, raw
+from llava_mcore.conversion.weights import Info, raw
+from llava_mcore.conversion.workers import Progress, nothing
 
-Progress = Callable[[int], object]
+
+class Found(NamedTuple):
+    """One tensor that was compared, and how it differs (None: not at all)."""
+
+    module: str
+    name: str
+    info: Info
+    difference: str | None
 
 
 @dataclass
@@ -28,14 +37,22 @@ class Line:
 
 @dataclass
 class Report:
-    """What a comparison found."""
+    """What a comparison found.
+
+    Attributes:
+        lines: of the table, by module.
+        logits: one line about the logits; None if they were not looked at.
+        logits_differ: whether they are further apart than rounding explains.
+    """
 
     lines: dict[str, Line] = field(default_factory=dict)
+    logits: str | None = None
+    logits_differ: bool = False
 
     @property
     def ok(self) -> bool:
-        """Whether all tensors are the same."""
-        return not self.differing
+        """Whether all is the same."""
+        return not self.differing and not self.logits_differ
 
     @property
     def differing(self) -> list[str]:
@@ -47,14 +64,15 @@ class Report:
         """How many tensors were compared."""
         return sum(line.tensors for line in self.lines.values())
 
-    def add(self, module: str, name: str, tensor: torch.Tensor, difference: str | None) -> None:
-        """Counts one tensor."""
-        line = self.lines.setdefault(module, Line(module))
-        line.tensors += 1
-        line.nbytes += tensor.nbytes
-        line.dtypes.add(str(tensor.dtype).removeprefix("torch."))
-        if difference:
-            line.differing.append(f"{name}: {difference}")
+    def add(self, found: Iterable[Found]) -> None:
+        """Counts tensors."""
+        for module, name, info, difference in found:
+            line = self.lines.setdefault(module, Line(module))
+            line.tensors += 1
+            line.nbytes += info.nbytes
+            line.dtypes.add(str(info.dtype).removeprefix("torch."))
+            if difference:
+                line.differing.append(f"{name}: {difference}")
 
     def table(self) -> str:
         """The "matches original" table."""
@@ -64,13 +82,16 @@ class Report:
             rows.append((line.module, f"{line.tensors:,}", f"{line.nbytes:,}", "+".join(sorted(line.dtypes)), says))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         text = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:]])
+        last = [f"logits: {self.logits}"] if self.logits else []
+        return "\n".join([text[0], "  ".join("-" * width for width in widths), *text[1:], *last])
 
     def require(self) -> Report:
-        """Raises ConversionError naming the tensors if some differ."""
-        if not self.ok:
+        """Raises ConversionError naming the tensors if some differ, or the logits if they do."""
+        if self.differing:
             first = "\n  ".join(self.differing[:10])
             raise ConversionError(f"{len(self.differing)} of {self.tensors} tensors do not match the original:\n  {first}")
+        if self.logits_differ:
+            raise ConversionError(f"all tensors match the original, but the logits do not: {self.logits}")
         return self
 
 
@@ -86,57 +107,45 @@ def difference(tensor: torch.Tensor, original: torch.Tensor) -> str | None:
     return f"{count} of {tensor.numel()} values differ"
 
 
-def compare(
-    view: View, original: View, *, dtype: torch.dtype | None = None, unused: bool = True, progress: Progress = lambda n: None
-) -> Report:
+def compare(view: View, original: View, *, progress: Progress = nothing) -> Report:
     """Compares every tensor of ``view`` with ``original``, whatever kind each is and whatever names each uses.
 
-    Args:
-        view: what was written.
-        original: what it was made of.
-        dtype: the type the original was cast to on the way.
-        unused: compare what the model does not build as well.
-        progress: called with the bytes that were compared.
+    What the model does not build is compared where both hold it.
 
     Returns:
         the report; differences do not raise.
     """
-    if _keys(view) != _keys(original):
-        mine, theirs = _keys(view), _keys(original)
+    mine, theirs = ({entry.ours: entry for entry in v.plan.tensors} for v in (view, original))
+    if mine.keys() != theirs.keys():
         raise ConversionError(
             f"{view.path} and {original.path} hold different models; only in one of them: "
-            f"{', '.join(sorted(mine.symmetric_difference(theirs))[:5])}"
+            f"{', '.join(sorted(mine.keys() ^ theirs.keys())[:5])}"
         )
     report = Report()
-    for (entry, mine_parts), (other, parts) in zip(_walk(view, report), original.parts(), strict=True):
-        assert entry.ours == other.ours
-        for name, a, b in zip(other.names, mine_parts, parts, strict=True):
-            b = cast(b, dtype)
-            report.add(entry.module, name, a, difference(a, b))
+    for key, entry in mine.items():
+        other = theirs[key]
+        report.add(_padding(v, e) for v, e in ((view, entry), (original, other)) if _is_padded(v, e))
+        parts = view.parts(entry)
+        for name, a, b in zip(other.names, parts, original.parts(other), strict=True):
+            report.add([Found(entry.module, name, Info(tuple(a.shape), a.dtype, ""), difference(a, b))])
             progress(b.nbytes)
-    if unused:
-        _compare_unused(view, original, dtype, report, progress)
+    if view.unused() and original.unused():
+        _compare_unused(view, original, report, progress)
     return report
 
 
-def _keys(view: View) -> set[str]:
-    return {entry.ours for entry in view.plan.tensors}
+def _is_padded(view: View, entry: Tensor) -> bool:
+    return isinstance(view, CheckpointView) and entry.fusion == "vocab" and entry.shape[0] > view.settings.language.vocab_size
 
 
-def _walk(view: View, report: Report) -> Iterator[tuple[Tensor, list[torch.Tensor]]]:
-    """The view's parts; rows that pad the vocabulary are checked on the way, as splitting drops them."""
-    if not isinstance(view, CheckpointView):
-        yield from view.parts()
-        return
-    for entry, whole in view.joined():
-        if entry.fusion == "vocab":
-            rows = whole[entry.part_shapes[0][0] :]
-            if rows.numel():
-                report.add(entry.module, f"{entry.ours} (padding)", rows, "rows that are not zero" if rows.any() else None)
-        yield entry, fusions.split(whole, entry)
+def _padding(view: View, entry: Tensor) -> Found:
+    """The rows that pad the vocabulary, which splitting drops."""
+    rows = view.whole(entry)[view.settings.language.vocab_size :]
+    says = "rows that are not zero" if rows.any() else None
+    return Found(entry.module, f"{entry.ours} (padding)", Info(tuple(rows.shape), rows.dtype, ""), says)
 
 
-def _compare_unused(view: View, original: View, dtype: torch.dtype | None, report: Report, progress: Progress) -> None:
+def _compare_unused(view: View, original: View, report: Report, progress: Progress) -> None:
     mine = {in_default_naming(name, view.naming): name for name in view.unused()}
     theirs = {in_default_naming(name, original.naming): name for name in original.unused()}
     for name in sorted(set(mine) | set(theirs)):
@@ -144,12 +153,11 @@ def _compare_unused(view: View, original: View, dtype: torch.dtype | None, repor
             where = original.path if name in theirs else view.path
             report.lines.setdefault("not built", Line("not built")).differing.append(f"{name}: only in {where}")
             continue
-        a, b = view.read_unused(mine[name]), cast(original.read_unused(theirs[name]), dtype)
-        report.add("not built", name, a, difference(a, b))
+        a, b = view.read_unused(mine[name]), original.read_unused(theirs[name])
+        report.add([Found("not built", name, Info(tuple(a.shape), a.dtype, ""), difference(a, b))])
         progress(b.nbytes)
 
 
-def total_bytes(view: View, unused: bool = True) -> int:
+def total_bytes(view: View) -> int:
     """Bytes of all tensors of a checkpoint, for progress and for the room on disk."""
-    built = sum(view.info(entry).nbytes for entry in view.plan.tensors)
-    return built + (sum(info.nbytes for info in view.unused().values()) if unused else 0)
+    return sum(view.info(entry).nbytes for entry in view.plan.tensors) + sum(info.nbytes for info in view.unused().values())

@@ -32,12 +32,12 @@ def initialize(model: ModelParts, seed: int, metadata: dict) -> None:
         apply_factories(state)  # a gated MLP is stored as two tensors, which are views of the one parameter
         for shard in nested_values(state):
             if isinstance(shard, ShardedTensor):
-                whole = _draw(shard.key, shard.global_shape, chunk.settings, seed)
+                whole = draw(shard.key, shard.global_shape, chunk.settings, seed)
                 with torch.no_grad():
                     shard.data.copy_(whole[shard.global_slice()].reshape(shard.data.shape))
 
 
-def _draw(name: str, shape: tuple[int, ...], model: ModelSettings, seed: int) -> Tensor:
+def draw(name: str, shape: tuple[int, ...], model: ModelSettings, seed: int) -> Tensor:
     """The whole tensor ``name``, float32."""
     whole = torch.zeros(shape)
     if "layer_norm_weight" in name or "layernorm.weight" in name:

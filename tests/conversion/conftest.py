@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conversion_material import VARIANTS, make_model
 
-from llava_mcore.conversion import convert
+from llava_mcore.platform import device
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # tests/material.py
 
@@ -26,5 +26,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def process() -> Iterator[None]:
     """This process as the only one of its group, for tests that read weights/ themselves."""
-    with convert._alone():
-        yield
+    device.start()
+    yield
+    device.stop()

@@ -51,7 +51,7 @@ def test_all_commands(main, saved: dict[str, Path], tmp_path: Path, capsys: pyte
     assert main(["verify", checkpoint, back]) == 1
     assert "multi_modal_projector.linear_2.bias: 48 of 48 values differ" in capsys.readouterr().out
     assert main(["inspect", str(tmp_path)]) == 1
-    assert "neither a Hugging Face folder" in capsys.readouterr().err
+    assert "neither a published model" in capsys.readouterr().err
 
 
 def call(*arguments: str, limit: str = "") -> subprocess.CompletedProcess[str]:

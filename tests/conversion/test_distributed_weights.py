@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conversion_material import VARIANTS, assert_same, rewrite, tensors
+from conversion_material import VARIANTS, assert_same, export_hf, import_hf, rewrite, tensors
 
-from llava_mcore.conversion import views
-from llava_mcore.conversion.convert import compare_paths, export_hf, import_hf, load_hf_into
+from llava_mcore.conversion import transfer, views
+from llava_mcore.conversion.convert import compare_paths, load_hf_into
 from llava_mcore.conversion.families import ConversionError
 from llava_mcore.training import checkpoint_folder as folder
 
@@ -205,21 +206,24 @@ def test_differences_are_named(saved: dict[str, Path], checkpoints: dict[str, Pa
 
 
 def test_verification_stops_an_import(saved: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llava_mcore.conversion import convert
+    """What was written is read back: a wrong row of padding and a wrong bit of one published tensor are both seen."""
+    honest = transfer.write_part
 
-    honest = convert.save_distributed
-
-    def spoil_padding(path: Path, given) -> None:
+    def spoil(path: Path, number: int, given) -> list:
         changed = []
         for key, tensor in given:
             if key.endswith("word_embeddings.weight"):
                 tensor[-1, -1] = 1.0
+            if key == QKV:
+                tensor.view(torch.int32)[-1, -1] ^= 1
             changed.append((key, tensor))
-        honest(path, changed)
+        return honest(path, number, changed)
 
-    monkeypatch.setattr(convert, "save_distributed", spoil_padding)
-    with pytest.raises(ConversionError, match="padding.*not zero"):
+    monkeypatch.setattr(transfer, "write_part", spoil)
+    with pytest.raises(ConversionError) as error:
         import_hf(saved["groups2"], tmp_path / "checkpoint")
+    assert "2 of " in str(error.value) and "(padding): rows that are not zero" in str(error.value)
+    assert "layers.1.self_attn.v_proj.weight: another checksum than the source's" in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -236,11 +240,40 @@ def test_checkpoint_of_another_model(checkpoints: dict[str, Path], tmp_path: Pat
 
 def test_damaged_weights(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     damaged = shutil.copytree(checkpoints["groups2"], tmp_path / "damaged")
-    for file in (damaged / "weights").glob("*.distcp"):
-        file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ConversionError, match="damaged/weights: cannot read"):
+    file = damaged / "weights/__0_0.distcp"
+    whole = file.read_bytes()
+    with (damaged / "weights/.metadata").open("rb") as opened:
+        place = {index.fqn: place for index, place in pickle.load(opened).storage_data.items()}[QKV]
+    flipped = bytearray(whole)
+    flipped[place.offset + place.length // 2] ^= 4
+    file.write_bytes(flipped)
+    with pytest.raises(ConversionError, match=rf"__0_0.distcp: {QKV}: its bytes do not have the checksum"):
+        export_hf(damaged, tmp_path / "back")
+    file.write_bytes(whole[:1000])
+    with pytest.raises(ConversionError, match="__0_0.distcp: cut short: language_model"):
+        export_hf(damaged, tmp_path / "back")
+    file.unlink()
+    with pytest.raises(ConversionError, match="__0_0.distcp: missing"):
         export_hf(damaged, tmp_path / "back")
     (damaged / "weights/.metadata").write_bytes(b"")
-    with pytest.raises(ConversionError, match="damaged/weights: not a readable distributed checkpoint"):
+    with pytest.raises(ConversionError, match="weights/.metadata: not readable"):
         export_hf(damaged, tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+class Trap:
+    """Runs a command when it is unpickled by one who trusts it."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+def test_pickles_are_not_run(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    trapped = shutil.copytree(checkpoints["groups2"], tmp_path / "trapped")
+    (trapped / "weights/.metadata").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    with pytest.raises(ConversionError, match="posix.system.*was not run"):
+        export_hf(trapped, tmp_path / "back")
+    assert not (tmp_path / "sprung").exists()

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conversion_material import VARIANTS, assert_same, edit_json, logits, make_model, rewrite, tensors
+from conversion_material import VARIANTS, assert_same, edit_json, export_hf, import_hf, logits, make_model, rewrite, tensors
 from transformers import LlavaForConditionalGeneration
 
 from llava_mcore.conversion import views
-from llava_mcore.conversion.convert import compare_paths, describe, export_hf, import_hf, inspect
+from llava_mcore.conversion.convert import compare_paths
+from llava_mcore.conversion.describe import describe, inspect
 from llava_mcore.conversion.hf_config import same_model
 from llava_mcore.training import checkpoint_folder as folder
 

@@ -44,7 +44,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(request.param)
     select = "full" if request.param == "cls_patch" else "default"
     hf = oracle.make_model(folder / "hf", tied=request.param == "tied", select=select)
-    import_hf(hf, folder / "checkpoint")
+    import_hf(hf, folder / "checkpoint", compare_logits=False)
     samples = oracle.make_samples(oracle.PATCHES + (select == "full"))
     return request.param, folder / "checkpoint", samples, oracle.run_transformers(hf, samples)
 

@@ -223,7 +223,7 @@ def test_from_hugging_face(runs_material: Material, tmp_path: Path) -> None:
     first = runs.train("1", runs_material.settings(tmp_path / "first", train={"steps": 2}))
     newest = checkpoint_folder.newest(tmp_path / "first")
     assert newest is not None
-    export_hf(newest, tmp_path / "hf")
+    export_hf(newest, tmp_path / "hf", compare_logits=False)
     settings = runs_material.settings(tmp_path / "second", train={"steps": 1, "init_from": str(tmp_path / "hf")})
     begin = started("TP2", settings)
     for name, tensor in first.weights.items():

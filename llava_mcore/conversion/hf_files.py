@@ -1,0 +1,98 @@
+"""What lies beside the weights of a published model: config, generation config, tokenizer, processor. Carried, or written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llava_mcore.conversion import hf_config, layouts
+from llava_mcore.conversion.exported import Form
+from llava_mcore.conversion.families import DEFAULT_NAMING, ConversionError
+from llava_mcore.conversion.layouts import CLASSES, CONFIG, read_json
+from llava_mcore.conversion.views import GENERATION_CONFIG, HF_FILES, SOURCE, TOKENIZER_FILES, CheckpointView, HuggingFaceView
+from llava_mcore.training import checkpoint_folder as folder
+
+PREPROCESSOR = "preprocessor_config.json"
+PROCESSOR = "processor_config.json"
+
+
+def carry(view: HuggingFaceView, partial: Path) -> None:
+    """tokenizer/ and hf/ of a checkpoint: the source's files, and how it named its tensors."""
+    hf = partial / folder.HF
+    _copy(view.path, partial / folder.TOKENIZER, TOKENIZER_FILES)
+    _copy(view.path, hf, HF_FILES)
+    hf.mkdir(exist_ok=True)
+    about = view.about()
+    if view.layout.kind == "decoder":
+        # Put together from several folders: there is no config.json of the whole to give back.
+        ids = special_ids(view.path)
+        config = hf_config.from_settings(view.settings, **ids)
+        _write_json(hf / CONFIG, hf_config.set_dtype(config, str(view.dtype).removeprefix("torch.")))
+        absent = [layouts.in_default_naming(name, view.naming) for name in about["absent"]]
+        about = {"naming": dict(DEFAULT_NAMING), "tied_head": None, "absent": absent}
+    if view.source.tower is not None and not (hf / PREPROCESSOR).is_file():
+        _copy(view.source.tower, hf, [PREPROCESSOR])
+    _write_json(hf / SOURCE, about)
+
+
+def write(view: CheckpointView, form: Form, partial: Path, dtype: torch.dtype) -> None:
+    """config.json and what lies beside it, for an export."""
+    name = str(dtype).removeprefix("torch.")
+    _copy(view.path / folder.TOKENIZER, partial, TOKENIZER_FILES)
+    _copy(view.path / folder.HF, partial, HF_FILES)
+    if form.scratch:
+        _write_scratch(view, form, partial, name)
+        return
+    before = read_json(partial / CONFIG)
+    config = layouts.updated(before, view.layout, view.settings)
+    if config.get("dtype", config.get("torch_dtype")) != name:
+        config = hf_config.set_dtype(config, name)
+    if config != before:
+        _write_json(partial / CONFIG, config)
+
+
+def require_same_model(view: CheckpointView, form: Form, partial: Path) -> None:
+    """Refuses a config.json that describes another model than was exported."""
+    if view.layout not in CLASSES:
+        return
+    config = read_json(partial / CONFIG)
+    told = hf_config.to_settings(layouts.as_llava(config, view.layout), partial / CONFIG)
+    if not hf_config.same_model(told, form.model):
+        raise ConversionError(f"{partial / CONFIG} would describe another model than {view.path}")
+
+
+def _write_scratch(view: CheckpointView, form: Form, partial: Path, dtype: str) -> None:
+    ids = special_ids(view.path / folder.TOKENIZER)
+    config = hf_config.from_settings(form.model, **ids)
+    _write_json(partial / CONFIG, hf_config.set_dtype(config, dtype))
+    _write_json(partial / GENERATION_CONFIG, {"bos_token_id": ids["bos_id"], "eos_token_id": ids["eos_id"]})
+    data = folder.read_settings(view.path).get("data") or {}
+    if {"image_mean", "image_std", "image_mode"} <= data.keys():
+        _write_json(partial / PREPROCESSOR, hf_config.preprocessor(view.settings.vision, data))
+
+
+def special_ids(tokenizer: Path) -> dict[str, int | None]:
+    """The tokenizer's begin and end of sequence; None for each where there is no tokenizer."""
+    if not any((tokenizer / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return {"bos_id": None, "eos_id": None}
+    from llava_mcore.data.tokenizer import load_tokenizer
+
+    loaded = load_tokenizer(tokenizer)
+    return {"bos_id": loaded.bos_id, "eos_id": loaded.eos_id}
+
+
+def _copy(source: Path, target: Path, names: Iterable[str]) -> None:
+    present = [name for name in names if (source / name).is_file()]
+    if present:
+        target.mkdir(parents=True, exist_ok=True)
+    for name in present:
+        shutil.copyfile(source / name, target / name)
+
+
+def _write_json(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
