@@ -8,6 +8,7 @@ Nothing of the model is built, so a 13B layout for 64 ranks is checked on a lapt
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Generator
@@ -48,15 +49,21 @@ class Stage:
     """By module, on one rank."""
     trained: dict[str, int]
     """Of these, the ones that learn."""
+    experts: int = 0
+    """Of the decoder's, those of experts."""
 
     def memory(self, settings: Settings, data_parallel: int) -> dict[str, int]:
         """Bytes of weights, gradients and optimizer state on one rank."""
         dtype, trained = settings.train.dtype, sum(self.trained.values())
+        experts = self.experts if "language_model" in self.trained else 0
+        # The distributed optimizer is always on, and spreads over context-parallel ranks as well; that of an expert over the
+        # ranks that hold it.
+        ranks = data_parallel * settings.parallel.context
+        shared = (trained - experts) / ranks + experts / max(1, ranks // settings.parallel.expert)
         return {
             "weights": sum(self.parameters.values()) * WEIGHT_BYTES[dtype],
             "gradients": trained * GRADIENT_BYTES,
-            # The distributed optimizer is always on, and spreads over context-parallel ranks as well.
-            "optimizer": -(-trained * OPTIMIZER_BYTES[dtype] // (data_parallel * settings.parallel.context)),
+            "optimizer": math.ceil(shared * OPTIMIZER_BYTES[dtype]),
         }
 
 
@@ -65,12 +72,13 @@ def stages(settings: Settings) -> list[Stage]:
     model, parallel = settings.model, settings.parallel
     tensor, encoder_tensor = parallel.tensor, parallel.tensor if parallel.encoder == "tensor_parallel" else 1
     trained = trained_modules(settings)
-    split, whole = language_layer_parameters(model)
+    layer = language_layer_parameters(model)
     matrix = model.language.padded_vocab_size * model.language.hidden_size // tensor
     found = []
     for index, stage in enumerate(pipeline_split.stages(settings)):
         is_first, is_last = index == 0, index == parallel.pipeline - 1
-        decoder = sum(stage.layers) * (split // tensor + whole)
+        experts = sum(stage.layers) * (layer.experts // tensor // parallel.expert)
+        decoder = sum(stage.layers) * (layer.split // tensor + layer.whole) + experts
         holds = []
         parameters = {}
         if is_first:
@@ -86,7 +94,7 @@ def stages(settings: Settings) -> list[Stage]:
                 decoder += matrix
         parameters["language_model"] = decoder
         learning = {name: count for name, count in parameters.items() if name in trained}
-        found.append(Stage(index=index, holds=", ".join(holds), parameters=parameters, trained=learning))
+        found.append(Stage(index=index, holds=", ".join(holds), parameters=parameters, trained=learning, experts=experts))
     return found
 
 
@@ -171,6 +179,9 @@ def _show_layout(page: _Page, settings: Settings, world_size: int, data_parallel
     page.title("layout")
     sizes = f"tensor {parallel.tensor} x context {parallel.context} x pipeline {parallel.pipeline} x data {data_parallel}"
     page.row("processes", f"{world_size} = {sizes}")
+    if parallel.expert > 1:
+        each = (settings.model.language.num_experts or 0) // parallel.expert
+        page.row("experts", f"{each} of each layer on a rank, over {parallel.expert} data- and context-parallel ranks")
     page.row("sequence parallelism", "on" if parallel.sequence_parallel else "off")
     shards = data_parallel * parallel.context
     spread = f"spread over {shards} data- and context-parallel ranks" if shards > 1 else "whole on every rank"

@@ -94,8 +94,8 @@ def patches(name: str) -> int:
     return (oracle.IMAGE_SIZE // SIGLIP_PATCH) ** 2 if "siglip" in name else oracle.PATCHES
 
 
-def make(name: str, folder: Path) -> Path:
-    """Saves the model ``name``."""
+def build(name: str) -> LlavaForConditionalGeneration:
+    """The model ``name``, float32."""
     torch.manual_seed(11)
     text = _texts()[name]
     siglip = "siglip" in name
@@ -114,5 +114,10 @@ def make(name: str, folder: Path) -> Path:
     for key, parameter in model.named_parameters():
         centre = 1.0 if "norm" in key and key.endswith("weight") else 0.0
         parameter.data.normal_(centre, 0.12)
-    model.save_pretrained(folder)
+    return model
+
+
+def make(name: str, folder: Path) -> Path:
+    """Saves the model ``name``."""
+    build(name).save_pretrained(folder)
     return folder

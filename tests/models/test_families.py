@@ -46,7 +46,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Pat
     for name in family_models.ALL:
         folder = tmp_path_factory.mktemp(name.replace(" ", "_"))
         hf = family_models.make(name, folder / "hf")
-        import_hf(hf, folder / "checkpoint")
+        import_hf(hf, folder / "checkpoint", compare_logits=False)
         samples = oracle.make_samples(family_models.patches(name))
         found[name] = hf, folder / "checkpoint", oracle.pack(samples, STREAMS), oracle.run_transformers(hf, samples)
     return found
@@ -130,7 +130,7 @@ def in_memory(saved: str) -> str:
 
 def test_weights_come_back_bit_for_bit(cases: dict, tmp_path: Path) -> None:
     for name, (hf, checkpoint, _, _) in cases.items():
-        export_hf(checkpoint, tmp_path / name)
+        export_hf(checkpoint, tmp_path / name, compare_logits=False)
         before, after = (load_file(folder / "model.safetensors") for folder in (hf, tmp_path / name))
         assert before.keys() == after.keys(), name
         for key, tensor in before.items():

@@ -22,6 +22,9 @@ LAYOUTS = [
     ["parallel=pp2", "model.language.tie_word_embeddings=true"],
     ["parallel=tp2", "model.language.tie_word_embeddings=true"],
     ["parallel=tp2", "model.projector.type=linear", "model.language.vocab_size=500"],
+    ["parallel=tp2", "model.language.family=qwen2", "model.vision.family=siglip"],
+    ["parallel=pp2", "model.language.family=qwen3_moe", "model.language.num_experts=6"],
+    ["parallel.expert=2", "model.language.family=mixtral", "model.language.num_experts=6"],
 ]
 
 

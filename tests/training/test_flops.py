@@ -1,6 +1,8 @@
 """FLOPs and parameters against what torch and transformers count on the same tiny model."""
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -105,6 +107,54 @@ def test_flops_are_those_torch_counts(freeze):
     # Something below the decoder's attention is trained in every case here, so forward and backward cross it: 3 times.
     ours["language_model"] += 3 * 4 * language.num_layers * language.num_attention_heads * language.head_dim * masked_pairs
     assert ours == torch_says
+
+
+@pytest.mark.parametrize("name", ["phi3", "qwen2", "qwen3", "siglip qwen2", "mixtral", "qwen3 moe"])
+def test_parameters_of_every_family(name):
+    """Counted by transformers on a model of its own, and with the tower's unbuilt layer and norm taken off."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
+    import family_models
+
+    from llava_mcore.conversion.hf_config import to_settings
+
+    hf = family_models.build(name)
+    modules = hf_modules(hf)
+    beyond = {id(p) for module in (hf.model.vision_tower.encoder.layers[-1],) for p in module.parameters()}
+    modules["vision_tower"] = [
+        parameter
+        for key, parameter in hf.model.vision_tower.named_parameters()
+        if id(parameter) not in beyond and not key.startswith(("post_layernorm", "head."))
+    ]
+    counted = {key: sum({id(p): p.numel() for p in parameters}.values()) for key, parameters in modules.items()}
+    assert parameter_counts(to_settings(hf.config.to_dict())) == counted
+
+
+def test_a_window_costs_what_it_shows():
+    whole, window = (
+        FlopsCounter(
+            compose(["experiment=quickstart", "model.language.family=mistral", f"model.language.sliding_window={tokens}"])
+        )
+        for tokens in ("null", 7)
+    )
+    # Each token of 30 sees itself and six before it, the first six fewer.
+    pairs = sum(min(place, 7) for place in range(1, 31))
+    language = compose(["experiment=quickstart"]).model.language
+    all_pairs = 30 * 31 // 2
+    difference = whole.forward([30], 0)["language_model"] - window.forward([30], 0)["language_model"]
+    width = language.num_attention_heads * language.head_dim
+    assert difference == 4 * width * language.num_layers * (all_pairs - pairs) > 0
+
+
+def test_a_token_pays_for_its_experts_only():
+    def forward(*overrides):
+        counter = FlopsCounter(compose(["experiment=quickstart", "model.language.family=mixtral", *overrides]))
+        return counter.forward([30], 0)["language_model"]
+
+    two, four = (forward("model.language.num_experts=8", f"model.language.experts_per_token={k}") for k in (2, 4))
+    language = compose(["experiment=quickstart"]).model.language
+    assert four - two == 2 * 30 * language.num_layers * 2 * 3 * language.hidden_size * language.ffn_hidden_size
+    more = forward("model.language.num_experts=16", "model.language.experts_per_token=2")
+    assert more - two == 2 * 30 * language.num_layers * 8 * language.hidden_size  # the router alone
 
 
 def test_packed_samples_attend_only_within_themselves():

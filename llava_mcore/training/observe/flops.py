@@ -5,12 +5,13 @@ real tokens (padding of streams and of the vocabulary is not), and recomputation
 as MFU is defined in PaLM (Chowdhery et al. 2022, appendix B). With T tokens, h hidden, d head width, q query heads, g key/value
 heads, f MLP width, V vocabulary:
 
-    decoder layer, linear       2 T (h d (2 q + 2 g) + 3 h f)
-    decoder layer, attention    4 q d * sum over samples of L (L + 1) / 2   (a token sees itself and its sample before it)
+    decoder layer, linear       2 T (h d (2 q + 2 g) + 3 h f)      with experts: k of them a token, and h times their number
+    decoder layer, attention    4 q d * sum over samples of L (L + 1) / 2   (a token sees itself and its sample before it, or as
+                                                                             much of it as a sliding window shows)
     head                        2 T h V
     tower, patches              2 P (3 p^2) h          P patches of p x p pixels
-    tower layer, linear         2 (P + 1) (4 h^2 + 2 h f)
-    tower layer, attention      4 h (P + 1)^2          (every token attends to all)
+    tower layer, linear         2 K (4 h^2 + 2 h f)    K = P, and one for the class token where there is one
+    tower layer, attention      4 h K^2                (every token attends to all)
     projector                   2 E (h_tower h [+ h h])   E embeddings
 
 Backward, each product on its own: the gradient of the weights costs one forward where the module is trained; the gradient of the
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llava_mcore.geometry import num_patches
 from llava_mcore.settings.schema import ModelSettings, Settings
@@ -120,7 +122,7 @@ class FlopsCounter:
     def _vision(self, pictures: int) -> list[_Product]:
         vision, decoder_width = self._model.vision, self._model.language.hidden_size
         width, patches, layers = vision.hidden_size, num_patches(vision.image_size, vision.patch_size), vision.used_layers
-        embeddings, tokens = pictures * vision.embeddings_per_image, patches + 1
+        embeddings, tokens = pictures * vision.embeddings_per_image, vision.positions
         linear = 2 * tokens * (4 * width**2 + 2 * width * vision.ffn_hidden_size)
         tower = ("vision_tower",)
         products = [
@@ -137,13 +139,23 @@ class FlopsCounter:
         language = self._model.language
         width, queries, groups = language.hidden_size, language.num_attention_heads, language.query_groups
         tokens = sum(sample_lengths)
-        pairs = sum(length * (length + 1) // 2 for length in sample_lengths)
-        linear = width * language.head_dim * (2 * queries + 2 * groups) + 3 * width * language.ffn_hidden_size
+        pairs = sum(_pairs(length, language.sliding_window) for length in sample_lengths)
+        linear = width * language.head_dim * (2 * queries + 2 * groups)
+        if language.num_experts is None:
+            linear += 3 * width * language.ffn_hidden_size
+        else:
+            linear += language.experts_per_token * 3 * width * language.ffn_hidden_size + width * language.num_experts
         return [
             _Product("language_model", 2 * tokens * language.num_layers * linear, True, MODULES),
             _Product("language_model", 4 * queries * language.head_dim * language.num_layers * pairs, False, MODULES),
             _Product("language_model", 2 * tokens * width * language.vocab_size, True, MODULES),
         ]
+
+
+def _pairs(length: int, window: int | None) -> int:
+    """Tokens that the tokens of a sample see, all together."""
+    seen = min(length, window or length)
+    return seen * (seen + 1) // 2 + (length - seen) * seen
 
 
 def parameter_counts(model: ModelSettings, padded: bool = False) -> dict[str, int]:
@@ -168,10 +180,10 @@ def parameter_counts(model: ModelSettings, padded: bool = False) -> dict[str, in
 
 
 def vision_embedding_parameters(model: ModelSettings) -> int:
-    """Patches, class token, positions and the layer norm before the first layer."""
+    """Patches, class token, positions and the layer norm before the first layer, as far as the tower has them."""
     vision = model.vision
-    tokens = num_patches(vision.image_size, vision.patch_size) + 1
-    return vision.hidden_size * (3 * vision.patch_size**2 + 1 + tokens + 2)
+    rows = 3 * vision.patch_size**2 + vision.patch_bias + vision.class_token + vision.positions + 2 * vision.pre_norm
+    return vision.hidden_size * rows
 
 
 def vision_layer_parameters(model: ModelSettings) -> tuple[int, int]:
@@ -182,8 +194,25 @@ def vision_layer_parameters(model: ModelSettings) -> tuple[int, int]:
     return split, whole
 
 
-def language_layer_parameters(model: ModelSettings) -> tuple[int, int]:
-    """One decoder layer's parameters: (those tensor parallelism splits, those every rank keeps)."""
+class LayerParameters(NamedTuple):
+    """One decoder layer's parameters, by where they lie."""
+
+    split: int
+    """Split over tensor-parallel ranks."""
+    whole: int
+    """On every rank."""
+    experts: int
+    """Split over tensor-parallel and over expert-parallel ranks."""
+
+
+def language_layer_parameters(model: ModelSettings) -> LayerParameters:
+    """One decoder layer's parameters."""
     language = model.language
-    heads = 2 * language.num_attention_heads + 2 * language.query_groups
-    return language.hidden_size * (language.head_dim * heads + 3 * language.ffn_hidden_size), 2 * language.hidden_size
+    width, queries, groups = language.hidden_size, language.num_attention_heads, language.query_groups
+    split = width * language.head_dim * (2 * queries + 2 * groups)
+    split += language.head_dim * (queries + 2 * groups) if language.qkv_bias else 0
+    whole = 2 * width + (2 * language.head_dim if language.qk_norm else 0)
+    mlp = 3 * width * language.ffn_hidden_size
+    if language.num_experts is None:
+        return LayerParameters(split + mlp, whole, 0)
+    return LayerParameters(split, whole + language.num_experts * width, language.num_experts * mlp)
