@@ -189,6 +189,8 @@ def load_hf_into(sharded_state_dict: dict[str, Any], source: str | Path) -> None
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 
+    from llava_mcore.models.vision import resized_positions
+
     slices: dict[str, list[ShardedTensor]] = defaultdict(list)
     for value in nested_values(sharded_state_dict):
         built = nested_values(value.build()) if isinstance(value, ShardedTensorFactory) else [value]
@@ -202,9 +204,11 @@ def load_hf_into(sharded_state_dict: dict[str, Any], source: str | Path) -> None
         for entry in (entry for entry in view.plan.tensors if entry.ours in slices):
             whole = view.whole(entry)
             for shard in slices[entry.ours]:
-                if tuple(shard.global_shape) != entry.shape:
+                if entry.ours == "vision_tower.position_embedding":  # the model's pictures may be of another size
+                    whole = resized_positions(whole, shard.global_shape[0], view.settings.vision.class_token)
+                if tuple(shard.global_shape) != tuple(whole.shape):
                     raise ConversionError(
-                        f"{source}: {entry.ours} has shape {list(entry.shape)}, the model's has {list(shard.global_shape)}"
+                        f"{source}: {entry.ours} has shape {list(whole.shape)}, the model's has {list(shard.global_shape)}"
                     )
                 shard.data.copy_(whole[shard.global_slice()].reshape(shard.data.shape))
 

@@ -210,6 +210,17 @@ def preprocessor(vision: VisionSettings, data: Mapping[str, Any]) -> Config:
     return config
 
 
+def processor_at(processor: Config, old: int, new: int) -> Config:
+    """A source's preprocessor_config.json for pictures of ``new`` instead of ``old`` pixels a side."""
+
+    def at(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: at(inner) for key, inner in value.items()}
+        return new if value == old else value
+
+    return {**processor, **{key: at(processor[key]) for key in ("size", "crop_size") if key in processor}}
+
+
 def _require_llava(config: Config, where: str | Path) -> None:
     kind = config.get("model_type")
     names = config.get("architectures") or []

@@ -54,6 +54,9 @@ def write(view: CheckpointView, form: Form, partial: Path, dtype: torch.dtype) -
         config = hf_config.set_dtype(config, name)
     if config != before:
         _write_json(partial / CONFIG, config)
+    old, new = ((value.get("vision_config") or hf_config.LLAVA_TOWER).get("image_size") for value in (before, config))
+    if old and new and old != new and (partial / PREPROCESSOR).is_file():
+        _write_json(partial / PREPROCESSOR, hf_config.processor_at(read_json(partial / PREPROCESSOR), old, new))
 
 
 def require_same_model(view: CheckpointView, form: Form, partial: Path) -> None:

@@ -6,6 +6,8 @@ width of the tower.
 
 from __future__ import annotations
 
+from math import isqrt
+
 import torch
 import torch.nn.functional as F
 from megatron.core.fp8_utils import get_fp8_align_size
@@ -19,6 +21,25 @@ from torch import Tensor, nn
 from llava_mcore.models.backend import padded_pictures
 from llava_mcore.models.layers import Norm, block_spec
 from llava_mcore.settings.schema import VisionSettings
+
+
+def resized_positions(table_KH: Tensor, positions: int, class_token: bool) -> Tensor:
+    """A position table for pictures of another size.
+
+    The rows of the patches, seen as a picture, are interpolated bicubically without aligned corners, and the class token's is
+    kept: what transformers does for ``interpolate_pos_encoding``, once and for all.
+
+    Args:
+        table_KH: the table there is; its patches are a square.
+        positions: rows the table is to have.
+        class_token: whether the first row is that of a class token.
+    """
+    if len(table_KH) == positions:
+        return table_KH
+    kept, (old, new) = int(class_token), (isqrt(rows - class_token) for rows in (len(table_KH), positions))
+    picture_1Hhw = table_KH[kept:].float().t().reshape(1, -1, old, old)
+    patches_PH = F.interpolate(picture_1Hhw, size=(new, new), mode="bicubic", align_corners=False).flatten(2)[0].t()
+    return torch.cat([table_KH[:kept], patches_PH.to(table_KH.dtype)])
 
 
 class PatchEmbedding(nn.Module):

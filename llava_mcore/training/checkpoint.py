@@ -17,12 +17,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException as WriteFailure
 
 from llava_mcore.models.llava import ModelParts
+from llava_mcore.models.vision import resized_positions
 from llava_mcore.parallel.broadcast import from_first
 from llava_mcore.parallel.groups import Groups
 from llava_mcore.settings import compose
@@ -33,6 +34,7 @@ from llava_mcore.training.optimizer import whole_numel
 
 # Settings of the model that its weights do not depend on.
 OF_TRAINING = ("model.init_std", "model.language.router_aux_loss")
+POSITIONS = "vision_tower.position_embedding"
 
 
 def sharding_metadata(groups: Groups) -> dict[str, Any]:
@@ -63,12 +65,23 @@ def model_state(model: ModelParts, groups: Groups) -> dict[str, dict[str, Any]]:
 def load_model(path: str | Path, model: ModelParts, groups: Groups) -> None:
     """Fills ``model`` with the weights of a checkpoint of any layout; collective.
 
+    The pictures may be of another size than the checkpoint's: the position table of the tower is then interpolated.
+
     Raises:
         CheckpointError: the folder is incomplete or belongs to another model (naming every setting that differs).
     """
     path = folder.require_checkpoint(path)
-    require_same_model(path, model.settings)
-    loaded = dist_checkpointing.load({"model": model_state(model, groups)}, str(path / folder.WEIGHTS))
+    require_same_model(path, model.settings, but_for=("model.vision.image_size",))
+    states, positions = model_state(model, groups), folder.read_model_settings(path).vision.positions
+    for state in states.values():
+        if (table := state.get(POSITIONS)) is not None and table.global_shape[0] != positions:
+            other = table.data.new_empty(positions, table.global_shape[1])
+            state[POSITIONS] = ShardedTensor.from_rank_offsets(table.key, other, replica_id=table.replica_id)
+    loaded = dist_checkpointing.load({"model": states}, str(path / folder.WEIGHTS))
+    vision = model.settings.vision
+    for state in loaded["model"].values():
+        if POSITIONS in state:
+            state[POSITIONS] = resized_positions(state[POSITIONS], vision.positions, vision.class_token)
     _put_weights(model, loaded["model"])
 
 
@@ -77,13 +90,13 @@ def _put_weights(model: ModelParts, states: dict[str, dict[str, Any]]) -> None:
         part.load_state_dict(states[f"part{number}"], strict=False)  # the extra states were left out
 
 
-def require_same_model(path: Path, model: ModelSettings) -> None:
-    """Refuses a checkpoint whose tensors cannot be this model's."""
+def require_same_model(path: Path, model: ModelSettings, but_for: tuple[str, ...] = ()) -> None:
+    """Refuses a checkpoint whose tensors cannot be this model's, for another reason than the settings ``but_for``."""
     theirs, ours = (_flat("model", asdict(settings)) for settings in (folder.read_model_settings(path), model))
     differing = [
         f"{name}: {theirs[name]!r} in the checkpoint, {ours[name]!r} here"
         for name in ours
-        if name not in OF_TRAINING and theirs[name] != ours[name]
+        if name not in (*OF_TRAINING, *but_for) and theirs[name] != ours[name]
     ]
     if differing:
         raise CheckpointError(f"{path} is a checkpoint of another model: " + "; ".join(differing))
