@@ -48,6 +48,8 @@ def layout_problems(settings: Settings, world_size: int | None = None) -> list[s
 def nearest_layouts(settings: Settings, world_size: int) -> list[str]:
     """Up to three layouts that fit the model, the stream and ``world_size`` processes, the most similar first."""
     model, parallel = settings.model, settings.parallel
+    if _expert_problems(model, parallel):
+        return []  # other sizes do not help
     stream = settings.data.sequence_length * settings.train.micro_batch_size
     wanted = (parallel.tensor, parallel.pipeline, parallel.context)
     divisors = [number for number in range(1, world_size + 1) if world_size % number == 0]

@@ -109,8 +109,8 @@ def test_fp8_follows_bfloat16(case: str) -> None:
 
 @pytest.mark.parametrize("kernel", ["torch", "flash-attn"])
 @pytest.mark.parametrize("groups", [4, 2])
-@pytest.mark.parametrize("causal", [True, False])
-def test_flash_attention_equals_one_sample_after_the_other(kernel, groups, causal, monkeypatch) -> None:
+@pytest.mark.parametrize(("causal", "window"), [(True, None), (True, 20), (False, None)])
+def test_flash_attention_equals_one_sample_after_the_other(kernel, groups, causal, window, monkeypatch) -> None:
     chosen = {"torch": torch_kernel, "flash-attn": package_kernel}[kernel]()
     if chosen is None:
         pytest.skip(f"{kernel} has no kernel here")
@@ -124,11 +124,14 @@ def test_flash_attention_equals_one_sample_after_the_other(kernel, groups, causa
         outputs = []
         for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True):
             one = (x.transpose(0, 1)[None].float() for x in (q, k, v))
-            outputs.append(F.scaled_dot_product_attention(*one, is_causal=causal, scale=0.2, enable_gqa=True)[0].transpose(0, 1))
+            everything = torch.ones(len(q), len(q), dtype=torch.bool, device="cuda")
+            seen = everything.tril() if causal else everything
+            seen = seen if window is None else seen.triu(1 - window)
+            outputs.append(F.scaled_dot_product_attention(*one, attn_mask=seen, scale=0.2, enable_gqa=True)[0].transpose(0, 1))
         return torch.cat(outputs)
 
     found = []
-    for attend in (lambda *x: flash_attention(*x, ends, max(lengths), causal, 0.2), plain):
+    for attend in (lambda *x: flash_attention(*x, ends, max(lengths), causal, 0.2, window), plain):
         inputs = [leaf.clone().requires_grad_() for leaf in leaves]
         output = attend(*inputs).float()
         output.square().sum().backward()

@@ -14,7 +14,7 @@ LENGTHS = [5, 1, 12, 7, 2]
 WIDTH = 6
 
 
-def configured(dropout: float = 0.0, scale: float | None = None) -> TransformerConfig:
+def configured(dropout: float = 0.0, scale: float | None = None, window: int | None = None) -> TransformerConfig:
     return TransformerConfig(
         num_layers=1,
         hidden_size=4 * WIDTH,
@@ -22,6 +22,7 @@ def configured(dropout: float = 0.0, scale: float | None = None) -> TransformerC
         attention_dropout=dropout,
         softmax_scale=scale,
         attention_backend=AttnBackend.local,
+        window_size=(window - 1, 0) if window else None,
     )
 
 
@@ -67,6 +68,26 @@ def test_equals_a_dense_mask(heads: int, groups: int, causal: bool, scale: float
         torch.autograd.grad((ours * weights).sum(), tensors), torch.autograd.grad((theirs * weights).sum(), tensors), strict=True
     ):
         assert torch.allclose(mine, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [1, 3, 130, 400])
+def test_a_sliding_window_equals_a_dense_mask(window: int) -> None:
+    """Samples shorter than the window, longer, and longer than what is worked on at once."""
+    lengths = [300, 2, 129, 128]
+    generator = torch.Generator().manual_seed(window)
+    shapes = ((sum(lengths), 1, heads, WIDTH) for heads in (4, 2, 2))
+    tensors = tuple(torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
+    core = PackedAttention(configured(window=window), 1, AttnMaskType.causal, "self")
+    ours = core(*tensors, None, packed_seq_params=PackedSamples(sample_lengths=lengths))
+    sample = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    place = torch.arange(sum(lengths))
+    seen = (sample[:, None] == sample[None]) & (place[:, None] >= place[None]) & (place[:, None] - place[None] < window)
+    theirs = dense(*tensors, seen, WIDTH**-0.5)
+    assert torch.allclose(ours, theirs, rtol=0, atol=1e-12)
+    for mine, other in zip(
+        torch.autograd.grad(ours.square().sum(), tensors), torch.autograd.grad(theirs.square().sum(), tensors), strict=True
+    ):
+        assert torch.allclose(mine, other, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -329,15 +329,16 @@ def test_torchs_flash_kernel_takes_our_arguments(groups, causal):
     """Shapes and argument names alone: the kernel itself needs a GPU (tests/gpu)."""
     query, key = (torch.empty(9, heads, 16, dtype=torch.bfloat16, device="meta") for heads in (4, groups))
     ends = torch.empty(4, dtype=torch.int32, device="meta")
-    assert flash_attention(query, key, key, ends, 5, causal, 0.25).shape == (9, 4, 16)
+    for window in (None, 3) if causal else (None,):
+        assert flash_attention(query, key, key, ends, 5, causal, 0.25, window).shape == (9, 4, 16)
 
 
 def test_packed_samples_go_through_the_flash_kernel_where_it_is_chosen(monkeypatch):
     """The call it makes, computed by plain attention: the same result as one sample after the other."""
     calls = []
 
-    def plain(query_TND, key_TGD, value_TGD, ends_K, longest, causal, scale):
-        calls.append((ends_K.tolist(), longest))
+    def plain(query_TND, key_TGD, value_TGD, ends_K, longest, causal, scale, window):
+        calls.append((ends_K.tolist(), longest, window))
         outputs = []
         for start, end in zip(ends_K[:-1], ends_K[1:], strict=True):
             q, k, v = (x[start:end].transpose(0, 1)[None] for x in (query_TND, key_TGD, value_TGD))
@@ -358,4 +359,6 @@ def test_packed_samples_go_through_the_flash_kernel_where_it_is_chosen(monkeypat
     inputs = (query, key, value, None)
     expected = one_by_one(*inputs, packed_seq_params=PackedSamples(sample_lengths=[3, 5, 1]))
     torch.testing.assert_close(flash(*inputs, packed_seq_params=PackedSamples(sample_lengths=[3, 5, 1])), expected)
-    assert calls == [([0, 3, 8, 9], 5)]
+    config.window_size = (2, 0)
+    PackedAttention(config, *arguments)(*inputs, packed_seq_params=PackedSamples(sample_lengths=[9]))
+    assert calls == [([0, 3, 8, 9], 5, None), ([0, 9], 9, 3)]
