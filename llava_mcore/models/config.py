@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,16 +13,43 @@ from megatron.core.activations import quick_gelu
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llava_mcore.models.backend import precision_fields
-from llava_mcore.settings.schema import ModelSettings, ParallelSettings, PrecisionSettings
+from llava_mcore.settings.schema import ModelSettings, ParallelSettings, PrecisionSettings, TrainSettings
 
-RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Runs on any machine, and also where no gradient buffers were made (training.engine.distribute).
 PORTABLE = PrecisionSettings(backend="torch", attention="sdpa", gradient_accumulation_fusion=False)
+
+
+class Recompute(NamedTuple):
+    """Which activations are computed again in the backward pass instead of being kept. The loss stays the same to the bit.
+
+    Attributes:
+        granularity: "none", "selective" or "full" (all but each layer's input).
+        modules: what selective recomputes of a layer: "core_attn", "mlp".
+        within: whose layers: "language_model", "vision_tower".
+    """
+
+    granularity: str = "none"
+    modules: tuple[str, ...] = ("core_attn",)
+    within: tuple[str, ...] = ("language_model",)
+
+    @classmethod
+    def of(cls, train: TrainSettings) -> Recompute:
+        """What the settings of a run ask for."""
+        return cls(train.recompute, tuple(train.recompute_modules), tuple(train.recompute_in))
+
+    def fields(self, module: str) -> dict[str, Any]:
+        """What ``TransformerConfig`` is told for one module."""
+        if self.granularity == "none" or module not in self.within:
+            return {}
+        if self.granularity == "selective":
+            # Megatron-Core's recomputed MLP loops for ever over a bias, which the tower's has.
+            modules = [name for name in self.modules if name != "mlp" or module == "language_model"]
+            return {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+KEEP_ALL = Recompute()
 
 
 def _config(dtype: torch.dtype, tensor: int, precision: PrecisionSettings, module: str, **fields: Any) -> TransformerConfig:
@@ -70,7 +97,7 @@ def decoder_config(
     model: ModelSettings,
     parallel: ParallelSettings,
     dtype: torch.dtype,
-    recompute: str,
+    recompute: Recompute = KEEP_ALL,
     precision: PrecisionSettings = PORTABLE,
 ) -> TransformerConfig:
     """The Llama decoder: RMSNorm, SwiGLU, no biases, grouped queries."""
@@ -104,7 +131,7 @@ def decoder_config(
         gated_linear_unit=True,
         bias_activation_fusion=True,  # keeps the gate's input for the backward pass and computes the rest again
         add_bias_linear=False,
-        **RECOMPUTE[recompute],
+        **recompute.fields("language_model"),
         # Handed to our own rotary embedding (models/language.py), which has no use for it.
         mrope_section=[language.head_dim // 2],
     )
@@ -116,7 +143,11 @@ def _encoder_tensor(parallel: ParallelSettings) -> int:
 
 
 def tower_config(
-    model: ModelSettings, parallel: ParallelSettings, dtype: torch.dtype, precision: PrecisionSettings = PORTABLE
+    model: ModelSettings,
+    parallel: ParallelSettings,
+    dtype: torch.dtype,
+    recompute: Recompute = KEEP_ALL,
+    precision: PrecisionSettings = PORTABLE,
 ) -> TransformerConfig:
     """The CLIP tower: LayerNorm, quick GELU, biases everywhere. It stands whole on the first stage."""
     vision = model.vision
@@ -132,6 +163,7 @@ def tower_config(
         normalization="LayerNorm",
         layernorm_epsilon=vision.norm_eps,
         activation_func=quick_gelu,
+        **recompute.fields("vision_tower"),
         bias_activation_fusion=False,
         add_bias_linear=True,
     )
