@@ -26,12 +26,13 @@ def main(argv: list[str] | None = None) -> int:
 
     from llava_mcore.conversion.families import ConversionError
     from llava_mcore.data.errors import DatasetError
-    from llava_mcore.platform import device
+    from llava_mcore.platform import device, failures
     from llava_mcore.training.checkpoint_folder import CheckpointError
     from llava_mcore.training.trainer import Trainer, TrainingError
 
     try:
-        Trainer(command.settings).fit()
+        with failures.shared():
+            Trainer(command.settings).fit()
     except SettingsError as error:
         cli.fail(error, PROG)
     except (CheckpointError, ConversionError, DatasetError, TrainingError) as error:

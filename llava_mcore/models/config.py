@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +16,44 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from llava_mcore.models.backend import precision_fields
 from llava_mcore.models.rotary import attention_factor
-from llava_mcore.settings.schema import LanguageSettings, ModelSettings, ParallelSettings, PrecisionSettings
+from llava_mcore.settings.schema import LanguageSettings, ModelSettings, ParallelSettings, PrecisionSettings, TrainSettings
 
-RECOMPUTE: dict[str, dict[str, Any]] = {
-    "none": {},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 # Runs on any machine, and also where no gradient buffers were made (training.engine.distribute).
 PORTABLE = PrecisionSettings(backend="torch", attention="sdpa", gradient_accumulation_fusion=False)
+
+
+class Recompute(NamedTuple):
+    """Which activations are computed again in the backward pass instead of being kept. The loss stays the same to the bit.
+
+    Attributes:
+        granularity: "none", "selective" or "full" (all but each layer's input).
+        modules: what selective recomputes of a layer: "core_attn", "mlp".
+        within: whose layers: "language_model", "vision_tower".
+    """
+
+    granularity: str = "none"
+    modules: tuple[str, ...] = ("core_attn",)
+    within: tuple[str, ...] = ("language_model",)
+
+    @classmethod
+    def of(cls, train: TrainSettings) -> Recompute:
+        """What the settings of a run ask for."""
+        return cls(train.recompute, tuple(train.recompute_modules), tuple(train.recompute_in))
+
+    def fields(self, module: str) -> dict[str, Any]:
+        """What ``TransformerConfig`` is told for one module."""
+        if self.granularity == "none" or module not in self.within:
+            return {}
+        if self.granularity == "selective":
+            # Megatron-Core's recomputed MLP loops for ever over a bias, which the tower's has.
+            modules = [name for name in self.modules if name != "mlp" or module == "language_model"]
+            return {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+KEEP_ALL = Recompute()
 
 
 def _config(dtype: torch.dtype, tensor: int, precision: PrecisionSettings, module: str, **fields: Any) -> TransformerConfig:
@@ -74,7 +101,7 @@ def decoder_config(
     model: ModelSettings,
     parallel: ParallelSettings,
     dtype: torch.dtype,
-    recompute: str,
+    recompute: Recompute = KEEP_ALL,
     precision: PrecisionSettings = PORTABLE,
 ) -> TransformerConfig:
     """A Llama-style decoder: RMSNorm, SwiGLU, grouped queries, no biases but those its settings ask for."""
@@ -112,7 +139,7 @@ def decoder_config(
         qk_layernorm=language.qk_norm,
         window_size=None if language.sliding_window is None else (language.sliding_window - 1, 0),
         **_expert_fields(language, parallel),
-        **RECOMPUTE[recompute],
+        **recompute.fields("language_model"),
         # Handed to our own rotary embedding (models/rotary.py), which has no use for it.
         mrope_section=[language.rotary_dim // 2],
     )
@@ -159,7 +186,11 @@ def _encoder_tensor(parallel: ParallelSettings) -> int:
 
 
 def tower_config(
-    model: ModelSettings, parallel: ParallelSettings, dtype: torch.dtype, precision: PrecisionSettings = PORTABLE
+    model: ModelSettings,
+    parallel: ParallelSettings,
+    dtype: torch.dtype,
+    recompute: Recompute = KEEP_ALL,
+    precision: PrecisionSettings = PORTABLE,
 ) -> TransformerConfig:
     """The tower: LayerNorm, biases everywhere. It stands whole on the first stage."""
     vision = model.vision
@@ -175,6 +206,7 @@ def tower_config(
         normalization="LayerNorm",
         layernorm_epsilon=vision.norm_eps,
         activation_func=ACTIVATIONS[vision.activation],
+        **recompute.fields("vision_tower"),
         bias_activation_fusion=False,
         add_bias_linear=True,
     )

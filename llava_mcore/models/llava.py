@@ -28,7 +28,7 @@ from torch import Tensor
 
 from llava_mcore.models.attention import PackedSamples
 from llava_mcore.models.backend import resolve_here
-from llava_mcore.models.config import DTYPES, PORTABLE, decoder_config, projector_config, tower_config
+from llava_mcore.models.config import DTYPES, KEEP_ALL, PORTABLE, Recompute, decoder_config, projector_config, tower_config
 from llava_mcore.models.language import LanguageModel
 from llava_mcore.models.layers import mlp_submodules, parts_of, unmark_unsplit
 from llava_mcore.models.vision import VisionTower
@@ -72,7 +72,7 @@ def build_model(
     parallel: ParallelSettings,
     dtype: str,
     groups: Groups,
-    recompute: str = "none",
+    recompute: Recompute = KEEP_ALL,
     precision: PrecisionSettings = PORTABLE,
 ) -> ModelParts:
     """What one rank holds of the model; the arguments are those of :class:`LlavaModel`."""
@@ -92,7 +92,7 @@ class LlavaModel(MegatronModule):
         parallel: the layout.
         dtype: "float32" or "bfloat16", of weights and activations.
         groups: process groups of this rank.
-        recompute: which decoder activations are computed again in the backward pass.
+        recompute: which activations are computed again in the backward pass.
         vp_stage: which of its parts of an interleaved pipeline this is.
         precision: layers, attention and FP8.
     """
@@ -103,7 +103,7 @@ class LlavaModel(MegatronModule):
         parallel: ParallelSettings,
         dtype: str,
         groups: Groups,
-        recompute: str = "none",
+        recompute: Recompute = KEEP_ALL,
         vp_stage: int = 0,
         precision: PrecisionSettings = PORTABLE,
     ) -> None:
@@ -119,7 +119,8 @@ class LlavaModel(MegatronModule):
         self.post_process = groups.is_last_stage and vp_stage == parallel.virtual_pipeline - 1
         self.share_embeddings_and_output_weights = model.language.tie_word_embeddings
         if self.pre_process:
-            self.vision_tower = VisionTower(tower_config(model, parallel, DTYPES[dtype], precision), model.vision, groups.tower)
+            seeing = tower_config(model, parallel, DTYPES[dtype], recompute, precision)
+            self.vision_tower = VisionTower(seeing, model.vision, groups.tower)
             affine = model.projector.type == "linear"
             into = projector_config(model, parallel, DTYPES[dtype], precision)
             with get_fp8_context(into, is_init=True):

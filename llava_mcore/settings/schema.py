@@ -343,7 +343,14 @@ class TrainSettings:
     output_dir: str = Field("runs/default", description="checkpoints, logs and the composed settings go here")
     resume: bool = Field(True, description="go on from the newest checkpoint in output_dir, if there is one")
     recompute: Literal["none", "selective", "full"] = Field(
-        "none", description="decoder activations computed again in the backward pass: none, those of attention, or all but inputs"
+        "none",
+        description="activations computed again in the backward pass: none, recompute_modules of each layer, or whole layers",
+    )
+    recompute_modules: list[Literal["core_attn", "mlp"]] = Field(
+        default=["core_attn"], description="what of a layer recompute=selective computes again (mlp: in the decoder only)"
+    )
+    recompute_in: list[Literal["vision_tower", "language_model"]] = Field(
+        default=["language_model"], description="modules whose layers are recomputed"
     )
     save_every: NonNegative = Field(500, description="steps between checkpoints; 0 saves only at the end")
     keep_checkpoints: NonNegative = Field(2, description="newest checkpoints that are kept; 0 keeps all")

@@ -17,6 +17,7 @@ from llava_mcore.data.loader import Step, StreamLoader
 from llava_mcore.data.shards import ShardDataset
 from llava_mcore.data.tokenizer import load_tokenizer
 from llava_mcore.models.backend import problems_here
+from llava_mcore.models.config import Recompute
 from llava_mcore.models.initialize import initialize
 from llava_mcore.models.llava import build_model
 from llava_mcore.parallel import groups as process_groups
@@ -65,9 +66,9 @@ class Trainer:
 
         self.checkpointer = Checkpointer(settings, self.groups, self.place.is_first)
         self.resumed_from = self.checkpointer.latest() if train.resume else None
-        self.model = build_model(settings.model, parallel, train.dtype, self.groups, train.recompute, settings.precision).to(
-            self.place.device
-        )
+        recompute = Recompute.of(train)
+        self.model = build_model(settings.model, parallel, train.dtype, self.groups, recompute, settings.precision)
+        self.model.to(self.place.device)
         if self.resumed_from is None:
             self._first_weights()
         freeze(self.model, train.freeze, self.groups)

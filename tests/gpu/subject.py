@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from llava_mcore.data.loader import Batch
+from llava_mcore.models.config import Recompute
 from llava_mcore.models.initialize import initialize
 from llava_mcore.models.llava import ModelParts, build_model
 from llava_mcore.parallel import groups as process_groups
@@ -85,7 +86,7 @@ class Subject:
         self.device = device.start(timeout_minutes=5).device
         forget_attention_choice()
         self.run, self.groups = run, process_groups.build(run.parallel)
-        self.model = build_model(run.model, run.parallel, run.train.dtype, self.groups, run.train.recompute, run.precision)
+        self.model = build_model(run.model, run.parallel, run.train.dtype, self.groups, Recompute.of(run.train), run.precision)
         self.model.to(self.device)
         initialize(self.model, run.train.seed, sharding_metadata(self.groups))
         if prepare is not None:  # freezes, say

@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from llava_mcore.data.loader import Batch
+from llava_mcore.models.config import Recompute
 from llava_mcore.models.initialize import initialize
 from llava_mcore.models.llava import ModelParts, build_model
 from llava_mcore.parallel import groups as process_groups
@@ -99,7 +100,7 @@ def train(settings: Settings, batches: list[Batch], steps: int) -> dict[str, Any
         the mean loss and gradient norm of each step, the first step's gradients and the last weights as shards.
     """
     groups = process_groups.build(settings.parallel)
-    model = build_model(settings.model, settings.parallel, "float32", groups, settings.train.recompute, settings.precision)
+    model = build_model(settings.model, settings.parallel, "float32", groups, Recompute.of(settings.train), settings.precision)
     initialize(model, settings.train.seed, sharding_metadata(groups))
     freeze(model, settings.train.freeze, groups)
     ddp = distribute(model, settings.parallel, groups)

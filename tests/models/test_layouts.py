@@ -134,16 +134,28 @@ def test_equals_one_process(alone: dict[str, Any], layout: str) -> None:
     assert max(worst.values()) < TOLERANCE, worst
 
 
-@pytest.mark.parametrize("recompute", ["selective", "full"])
+BOTH = ["language_model", "vision_tower"]
+RECOMPUTED = {
+    "attention": {"recompute": "selective"},
+    "parts of both": {"recompute": "selective", "recompute_modules": ["core_attn", "mlp"], "recompute_in": BOTH},
+    "layers": {"recompute": "full"},
+    "layers of both": {"recompute": "full", "recompute_in": BOTH},
+}
+
+
+@pytest.mark.parametrize("kind", RECOMPUTED)
 @pytest.mark.parametrize("parallel", [{}, {"tensor": 2, "context": 2}], ids=["1", "TP2 CP2"])
-def test_recompute_changes_no_bit(recompute: str, parallel: dict[str, Any]) -> None:
+def test_recompute_changes_nothing(kind: str, parallel: dict[str, Any]) -> None:
     size = settings(parallel).parallel.model_ranks
     plain, again = (
-        ranks(size).run(ours.train, settings(parallel, recompute=kind), batches()[:4], 2) for kind in ("none", recompute)
+        ranks(size).run(ours.train, settings(parallel, **train), batches()[:4], 1) for train in ({}, RECOMPUTED[kind])
     )
     for one, other in zip(plain, again, strict=True):
         assert one["losses"] == other["losses"]
-        assert all(torch.equal(a[3], b[3]) for a, b in zip(one["weights"], other["weights"], strict=True))
+        for (name, *_, before), (*_, after) in zip(one["gradients"], other["gradients"], strict=True):
+            # Recomputed layers of the tower hand the biases of a residual sum their gradients in another order of memory.
+            rtol = 1e-6 if kind == "layers of both" and name.startswith("vision_tower") and name.endswith("bias") else 0.0
+            assert float((before - after).abs().max()) <= rtol * float(before.abs().max()), name
 
 
 @pytest.mark.parametrize("freeze", [["vision_tower", "language_model"], ["vision_tower"], ["vision_tower", "projector"]])
