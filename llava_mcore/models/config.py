@@ -106,6 +106,9 @@ def decoder_config(
 ) -> TransformerConfig:
     """A Llama-style decoder: RMSNorm, SwiGLU, grouped queries, no biases but those its settings ask for."""
     language = model.language
+    recomputed = recompute.fields("language_model")
+    if language.num_experts is not None and "recompute_modules" in recomputed:  # Megatron-Core's "mlp" leaves out experts
+        recomputed["recompute_modules"] = ["moe" if name == "mlp" else name for name in recomputed["recompute_modules"]]
     config = _config(
         dtype,
         parallel.tensor,
@@ -139,7 +142,7 @@ def decoder_config(
         qk_layernorm=language.qk_norm,
         window_size=None if language.sliding_window is None else (language.sliding_window - 1, 0),
         **_expert_fields(language, parallel),
-        **recompute.fields("language_model"),
+        **recomputed,
         # Handed to our own rotary embedding (models/rotary.py), which has no use for it.
         mrope_section=[language.rotary_dim // 2],
     )

@@ -73,6 +73,14 @@ def test_equals_one_process(alone: dict[str, Any], layout: str) -> None:
     assert max(worst.values()) < TOLERANCE, worst
 
 
+@pytest.mark.parametrize("recompute", [{"recompute": "full"}, {"recompute": "selective", "recompute_modules": ["mlp"]}])
+def test_recompute_changes_no_bit(alone: dict[str, Any], recompute: dict[str, Any]) -> None:
+    run = experts({})
+    run = replace(run, train=replace(run.train, **recompute))
+    (again,) = ranks(1).run(ours.train, run, batches(), STEPS)
+    assert again["losses"] == alone["losses"] and again["norms"] == alone["norms"]
+
+
 def save(run: Settings, folder: Path) -> tuple[list[tuple], tuple[int, int]]:
     """On a rank: a random model saved from one layout; its shards and its numbers of parameters."""
     model, groups = _random(run)
