@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,12 @@ def test_command(command: str) -> None:
     else:
         # The quickstart, the tests and the dry run of a 7B model are run whole, elsewhere.
         assert scripts or "--dry-run" in words, f"{command}: nothing here checks it"
+
+
+def test_the_family_shown_is_the_one_there_is() -> None:
+    (shown,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    families = (ROOT / "llava_mcore" / "settings" / "families.py").read_text(encoding="utf-8")
+    assert textwrap.indent(shown, "    ") in families
 
 
 def test_links() -> None:
