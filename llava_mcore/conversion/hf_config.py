@@ -309,9 +309,14 @@ def _values(part: Config, family: Family) -> Config:
     return {setting: value(entry) for setting, entry in family.entries.items()}
 
 
+def strategies(model_type: str | None) -> dict[str, str]:
+    """What is kept of a tower's features -> ``vision_feature_select_strategy``, by the tower's type in config.json."""
+    has_class_token = next((f.fixed["class_token"] for f in TOWERS.values() if f.model_type == model_type), True)
+    return {kept: name for name, kept in FEATURES[has_class_token].items()}
+
+
 def _strategy(vision: VisionSettings) -> str:
-    """``vision_feature_select_strategy``."""
-    return next(name for name, kept in FEATURES[vision.class_token].items() if kept == vision.select_feature)
+    return strategies(TOWERS[vision.family].model_type)[vision.select_feature]
 
 
 def _entries(settings: LanguageSettings | VisionSettings, family: Family) -> Config:

@@ -65,7 +65,6 @@ ASSUMED: dict[str, Config] = {
         "vision_feature_select_strategy": "full",
     },
 }
-FEATURES = {"patch": "default", "cls_patch": "full"}
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def kind_of(config: Config, where: Path) -> str:
     raise ConversionError(
         f"{where}: unknown architecture {', '.join(names) or 'none'} (model_type {model_type!r}); known: "
         f"{', '.join(CLASSES.values())}, the original LLaVA layout, and decoders of type {', '.join(decoders)}. A new decoder or "
-        f"tower is an entry in llava_mcore/conversion/families.py and one in hf_config.py"
+        f"tower is an entry in llava_mcore/settings/families.py"
     )
 
 
@@ -211,18 +210,20 @@ def _from_parts(config: Config, kind: str, source: Source) -> Config:
     projector = mm.get("mm_projector_type", "mlp2x_gelu")
     if projector != "mlp2x_gelu":
         raise ConversionError(f"{source.path / CONFIG}: mm_projector_type is {projector!r}; known is 'mlp2x_gelu'")
+    tower = _tower_config(source, str(mm.get("mm_vision_tower", mm.get("vision_tower", ""))))
+    strategies = hf_config.strategies(tower.get("model_type"))
     feature = mm.get("mm_vision_select_feature", "patch")
-    if feature not in FEATURES:
-        raise ConversionError(f"{source.path / CONFIG}: mm_vision_select_feature is {feature!r}; known: {', '.join(FEATURES)}")
+    if feature not in strategies:
+        raise ConversionError(f"{source.path / CONFIG}: mm_vision_select_feature is {feature!r}; known: {', '.join(strategies)}")
     text = _text_of(config) if kind == "original" else dict(config)
     return {
         "model_type": "llava",
         "architectures": [CLASSES["llava"]],
         "text_config": text,
-        "vision_config": _tower_config(source, str(mm.get("mm_vision_tower", mm.get("vision_tower", "")))),
+        "vision_config": tower,
         "projector_hidden_act": "gelu",
         "vision_feature_layer": mm.get("mm_vision_select_layer", -2),
-        "vision_feature_select_strategy": FEATURES[feature],
+        "vision_feature_select_strategy": strategies[feature],
         "tie_word_embeddings": bool(text.get("tie_word_embeddings", False)),
     }
 
