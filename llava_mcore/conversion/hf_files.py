@@ -50,7 +50,7 @@ def write(view: CheckpointView, form: Form, partial: Path, dtype: torch.dtype) -
         return
     before = read_json(partial / CONFIG)
     config = layouts.updated(before, view.layout, view.settings)
-    if config.get("dtype", config.get("torch_dtype")) != name:
+    if config.get("dtype", config.get("torch_dtype", name)) != name:
         config = hf_config.set_dtype(config, name)
     if config != before:
         _write_json(partial / CONFIG, config)

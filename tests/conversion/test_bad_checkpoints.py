@@ -131,7 +131,10 @@ def test_index(source: Path, saved: dict[str, Path]) -> None:
             lambda c: c.update(model_type="llava_next", architectures=["LlavaNext"]),
             ["LlavaNext", "LlavaForConditionalGeneration"],
         ),
-        (lambda c: c.update(architectures=["LlavaLlamaForCausalLM"], mm_projector_type="linear"), ["mm_projector_type is 'linear'"]),
+        (
+            lambda c: c.update(architectures=["LlavaLlamaForCausalLM"], mm_projector_type="linear"),
+            ["mm_projector_type is 'linear'"],
+        ),
         (lambda c: c["text_config"].update(model_type="qwen2"), ["text_config.model_type 'qwen2'", "known: llama"]),
         (lambda c: c["vision_config"].update(model_type="siglip_vision_model"), ["siglip", "known: clip_vision_model"]),
         (lambda c: c["text_config"]["rope_parameters"].update(rope_type="llama3"), ["rope_parameters", "llama3", "rope scaling"]),
