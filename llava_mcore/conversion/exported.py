@@ -56,13 +56,16 @@ def form_of(view: CheckpointView) -> Form:
     """
     has_config = (view.path / folder.HF / CONFIG).is_file()
     imported_as = view.source.get("kind", "llava")
-    if not view.published and imported_as not in ("llava", "original"):
+    newline = sorted(set(NEWLINE) & view.unused().keys())
+    if not view.published and (newline or imported_as not in ("llava", "original")):
+        what = f"holds {newline[0]}" if newline else f"was imported from {layouts.CLASSES[imported_as]}"
         raise ConversionError(
-            f"{view.path}: was imported from {layouts.CLASSES[imported_as]}, which LLaVA's class cannot express; "
-            "export it as it was imported (--layout source)"
+            f"{view.path}: {what}, which LLaVA's class cannot express; export it as it was imported (--layout source)"
         )
     scratch = not has_config or (not view.published and imported_as == "original")
     kept, model = view.unused(), view.settings
+    if view.published:
+        kept = {name: info for name, info in kept.items() if name not in view.source.get("elsewhere", ())}
     missing = sorted(view.plan.unused.keys() - kept.keys() - set(view.source.get("absent", ())))
     made: dict[str, torch.Tensor] = {}
     if missing and not scratch and "vision_tower" in view.modules:
@@ -72,7 +75,7 @@ def form_of(view: CheckpointView) -> Form:
         )
     if scratch and view.plan.unused.keys() - kept.keys():
         model, made = as_scratch(view.settings), _identity(view)
-        kept = {name: info for name, info in kept.items() if name in NEWLINE and view.published}
+        kept = {}
     infos: dict[str, Info] = {}
     for entry in view.plan.tensors:
         if entry.module not in view.modules:

@@ -19,6 +19,9 @@ from llava_mcore.training import checkpoint_folder as folder
 
 PREPROCESSOR = "preprocessor_config.json"
 PROCESSOR = "processor_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+IMAGE = "<image>"
 
 
 def carry(view: HuggingFaceView, partial: Path) -> None:
@@ -47,10 +50,13 @@ def write(view: CheckpointView, form: Form, partial: Path, dtype: torch.dtype) -
     _copy(view.path / folder.HF, partial, HF_FILES)
     if form.scratch:
         _write_scratch(view, form, partial, name)
+    if form.scratch or view.meta.get("architecture") == "decoder":  # no source of the whole model had a processor to carry
+        _write_processor(view, partial)
+    if form.scratch:
         return
     before = read_json(partial / CONFIG)
     config = layouts.updated(before, view.layout, view.settings)
-    if config.get("dtype", config.get("torch_dtype")) != name:
+    if config.get("dtype", config.get("torch_dtype", name)) != name:
         config = hf_config.set_dtype(config, name)
     if config != before:
         _write_json(partial / CONFIG, config)
@@ -74,14 +80,42 @@ def _write_scratch(view: CheckpointView, form: Form, partial: Path, dtype: str) 
     config = hf_config.from_settings(form.model, **ids)
     _write_json(partial / CONFIG, hf_config.set_dtype(config, dtype))
     _write_json(partial / GENERATION_CONFIG, {"bos_token_id": ids["bos_id"], "eos_token_id": ids["eos_id"]})
+
+
+def _write_processor(view: CheckpointView, partial: Path) -> None:
+    """What AutoProcessor needs: the preprocessing, how many embeddings a picture takes, and the token that stands for them."""
+    model = view.settings
     data = folder.read_settings(view.path).get("data") or {}
     if {"image_mean", "image_std", "image_mode"} <= data.keys():
-        _write_json(partial / PREPROCESSOR, hf_config.preprocessor(view.settings.vision, data))
+        _write_json(partial / PREPROCESSOR, hf_config.preprocessor(model.vision, data))
+    if not any((partial / name).is_file() for name in TOKENIZERS):
+        return
+    from llava_mcore.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(partial)
+    config = read_json(partial / TOKENIZER_CONFIG) if (partial / TOKENIZER_CONFIG).is_file() else {}
+    config.setdefault("tokenizer_class", "PreTrainedTokenizerFast" if (partial / TOKENIZERS[0]).is_file() else "LlamaTokenizer")
+    if tokenizer.token_id(IMAGE) != model.image_token_id:
+        if model.image_token_id < tokenizer.vocab_size:
+            return  # pictures stand at a piece of another name; a processor could not tell them from text
+        flags = {"special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+        config.setdefault("added_tokens_decoder", {})[str(model.image_token_id)] = {"content": IMAGE, **flags}
+    _write_json(partial / TOKENIZER_CONFIG, config)
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE,
+        "patch_size": model.vision.patch_size,
+        "vision_feature_select_strategy": hf_config.from_settings(model, bos_id=None, eos_id=None)[
+            "vision_feature_select_strategy"
+        ],
+        "num_additional_image_tokens": int(model.vision.family == "clip"),  # the class token
+    }
+    _write_json(partial / PROCESSOR, processor)
 
 
 def special_ids(tokenizer: Path) -> dict[str, int | None]:
     """The tokenizer's begin and end of sequence; None for each where there is no tokenizer."""
-    if not any((tokenizer / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+    if not any((tokenizer / name).is_file() for name in TOKENIZERS):
         return {"bos_id": None, "eos_id": None}
     from llava_mcore.data.tokenizer import load_tokenizer
 

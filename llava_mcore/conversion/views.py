@@ -13,7 +13,6 @@ from llava_mcore.conversion.families import DEFAULT_NAMING, OUR_MODULE, Conversi
 from llava_mcore.conversion.hf_config import to_settings
 from llava_mcore.conversion.layouts import CONFIG, NEWLINE, PREFIXES, Source, read_json
 from llava_mcore.conversion.weights import Info, Reader, SafetensorsReader, open_weights
-from llava_mcore.models.initialize import draw
 from llava_mcore.settings.schema import ModelSettings
 from llava_mcore.training import checkpoint_folder as folder
 
@@ -108,11 +107,12 @@ class HuggingFaceView:
 
     def _open(self) -> None:
         self._add(open_weights(self.path), "")
-        own = set(self._infos)
+        self._own_names = set(self._infos)
         tower = self.source.tower
         if tower is None and self.layout.kind == "original":
             tower = layouts.tower_folder(self.source, str(self.config.get("mm_vision_tower", "")))
-        if tower is not None:
+        held = any("vision_tower." in name for name in self._own_names)  # the folder of a tower then only says its sizes
+        if tower is not None and not held:
             reader = open_weights(tower)
             inner = any(name.startswith("vision_model.") for name in reader.infos)  # with the rest of CLIP beside it
             self._add(reader, "vision_model." if inner else "")
@@ -124,7 +124,7 @@ class HuggingFaceView:
         self.naming: Naming = {**DEFAULT_NAMING, **found}
         self.plan = layouts.planned(self.settings, self.naming, self.layout.rows)
         # Modules that lie in the source's own folder; what came from elsewhere is not written back there.
-        self.own = sorted({t.module for t in self.plan.tensors if t.names[0] in own})
+        self.own = sorted({t.module for t in self.plan.tensors if t.names[0] in self._own_names})
         newline = {name: (self.settings.language.hidden_size,) for name in NEWLINE if name in self._infos}
         self._optional = {**self.plan.unused, **newline}
         self.tied_head = self._tied_head()
@@ -196,6 +196,8 @@ class HuggingFaceView:
     def parts(self, tensor: Tensor) -> list[torch.Tensor]:
         """The published parts of an entry; a module that the source lacks is drawn as training would draw it."""
         if tensor.module in self.made:
+            from llava_mcore.models.initialize import draw  # only now: it brings Megatron-Core, which takes seconds to import
+
             return fusions.split(draw(tensor.ours, tensor.shape, self.settings, MADE_SEED).to(self.dtype), tensor)
         return [self._read(name) for name in tensor.names]
 
@@ -230,6 +232,7 @@ class HuggingFaceView:
             known["kind"] = self.layout.kind
         if self.own != sorted(set(OUR_MODULE.values())):
             known["modules"] = self.own
+            known["elsewhere"] = sorted(name for name in self._unused if name not in self._own_names)
         if self.layout.kind == "original" and self.source.vocab_size is None:
             # A row was added for <image>; the tokenizer's own tokens stay.
             rows = max(self.layout.rows, layouts.tokens_of(self.path))

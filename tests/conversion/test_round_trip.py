@@ -187,7 +187,7 @@ def test_scratch_files(saved: dict[str, Path], tmp_path: Path, mode: str) -> Non
     import numpy as np
     from material import make_tokenizer
     from PIL import Image
-    from transformers import AutoImageProcessor, GenerationConfig
+    from transformers import AutoImageProcessor, AutoProcessor, GenerationConfig
 
     from llava_mcore.data.image import preprocess
 
@@ -196,6 +196,7 @@ def test_scratch_files(saved: dict[str, Path], tmp_path: Path, mode: str) -> Non
     shutil.rmtree(checkpoint / "hf")
     make_tokenizer(checkpoint / "tokenizer")
     settings = folder.read_settings(checkpoint)
+    settings["model"]["image_token_id"] = 3
     settings["data"] = {"image_mode": mode, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4]}
     (checkpoint / "settings.yaml").write_text(yaml.safe_dump(settings))
     export_hf(checkpoint, tmp_path / "back")
@@ -204,11 +205,16 @@ def test_scratch_files(saved: dict[str, Path], tmp_path: Path, mode: str) -> Non
     assert load(tmp_path / "back").config.text_config.eos_token_id == 2
     assert (tmp_path / "back/tokenizer.model").read_bytes() == (checkpoint / "tokenizer/tokenizer.model").read_bytes()
 
+    # One picture in a prompt takes as many tokens as the model wants, and the model takes what the processor gives.
+    assistant = AutoProcessor.from_pretrained(tmp_path / "back")
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 37, 3), dtype=np.uint8))
     processor = AutoImageProcessor.from_pretrained(tmp_path / "back", backend="pil")
     theirs = np.asarray(processor(image, return_tensors="np")["pixel_values"][0])
     ours = preprocess(image, mode, 28, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    inputs = assistant(images=image, text="What is <image> here?", return_tensors="pt")
+    assert int((inputs["input_ids"] == 3).sum()) == 16
+    assert load(tmp_path / "back")(**inputs).logits.isfinite().all()
 
 
 def test_changed_settings_reach_the_config(saved: dict[str, Path], tmp_path: Path) -> None:
