@@ -16,7 +16,7 @@ from llava_mcore.conversion.convert import load_hf_into, write_sidecars
 from llava_mcore.data.loader import Step, StreamLoader
 from llava_mcore.data.shards import ShardDataset
 from llava_mcore.data.tokenizer import load_tokenizer
-from llava_mcore.models.backend import problems_here
+from llava_mcore.models.backend import blank_pictures, problems_here
 from llava_mcore.models.config import Recompute
 from llava_mcore.models.initialize import initialize
 from llava_mcore.models.llava import build_model
@@ -94,25 +94,29 @@ class Trainer:
                 started = time.perf_counter()
                 step = next(steps)
                 lr = learning_rates(self.optimizer, train)
-                loss, grad_norm = self.train_step(step)
+                loss, labelled, grad_norm = self.train_step(step)
                 self.step += 1
-                observer.log(self._record(step, loss, lr, grad_norm, time.perf_counter() - started))
+                observer.log(self._record(step, loss, labelled, lr, grad_norm, time.perf_counter() - started))
                 if (train.save_every and self.step % train.save_every == 0) or self.step == self.last_step:
                     self.save()
         finally:
             steps.close()
             observer.close()
 
-    def train_step(self, step: Step) -> tuple[float, float]:
-        """Forward, backward and update over one global batch; returns the mean loss per token and the gradient norm."""
+    def train_step(self, step: Step) -> tuple[float, int, float]:
+        """Forward, backward and update over one global batch.
+
+        Returns:
+            the mean loss per token with a label, the number of those, and the gradient norm.
+        """
         for part in self.ddp:
             part.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = forward_backward(self.ddp, step.batches, self.groups, self.place.device)
-        loss = self._mean_loss(losses, step)
+        loss, labelled = self._mean_loss(losses, step)
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(1)
-        return loss, float(grad_norm or 0.0)
+        return loss, labelled, float(grad_norm or 0.0)
 
     def save(self) -> None:
         """Publishes a checkpoint of the current step."""
@@ -208,8 +212,11 @@ class Trainer:
 
     # ---- what happens every step ----
 
-    def _mean_loss(self, losses: list[Tensor], step: Step) -> float:
-        """Mean loss per predicted token over all ranks; counts bad samples and stops every rank together if they are too many."""
+    def _mean_loss(self, losses: list[Tensor], step: Step) -> tuple[float, int]:
+        """Mean loss over the tokens with a label of all ranks, and how many those are.
+
+        Counts bad samples and stops every rank together if they are too many.
+        """
         counts = torch.zeros(3, dtype=torch.float64, device=self.place.device)
         if self.groups.is_last_stage and self.groups.tp.rank() == 0:
             counts[0] = sum(loss.double() for loss in losses)
@@ -225,7 +232,7 @@ class Trainer:
             raise TrainingError(
                 f"the loss of step {step.index + 1} is {mean}; lower train.lr, or look at its samples; checkpoints are intact"
             )
-        return mean
+        return mean, int(tokens)
 
     def _account_bad(self, names: list[str]) -> None:
         """Names the step's bad samples on the first rank and in a file; raises everywhere when the budget is spent."""
@@ -246,7 +253,9 @@ class Trainer:
                 f"{listed}; look at them with tools/prepare_data.py lint, or raise the limit"
             )
 
-    def _record(self, step: Step, loss: float, lr: float | dict[str, float], grad_norm: float, seconds: float) -> StepRecord:
+    def _record(
+        self, step: Step, loss: float, labelled: int, lr: float | dict[str, float], grad_norm: float, seconds: float
+    ) -> StepRecord:
         return StepRecord(
             step=self.step,
             steps=self.derived.steps,
@@ -259,17 +268,30 @@ class Trainer:
             samples=step.samples,
             pictures=step.pictures,
             bad_samples=self.bad_samples,
-            flops=self.flops.step(step.sample_lengths, step.pictures),
+            flops=self.flops.step(step.sample_lengths, step.pictures, labelled),
             encoder_imbalance=self._encoder_imbalance(step),
+            blank_pictures=self._blank_pictures(step),
         )
+
+    def _pictures(self, step: Step) -> list[int]:
+        """Pictures of each of this replica's micro-batches."""
+        each = self.settings.model.vision.embeddings_per_image
+        return [len(batch.image_index_E) // each for batch in step.batches]
+
+    def _blank_pictures(self, step: Step) -> int | None:
+        """Pictures that only fill up the rows of an FP8 tower's products, over the ranks of this replica."""
+        if self.settings.precision.fp8 is None or "vision_tower" not in self.settings.precision.fp8_modules:
+            return None
+        size = self.groups.encoders.size() if self.settings.parallel.encoder == "data_parallel" else 1
+        rows, multiple = self.settings.model.vision.positions, self.settings.precision.fp8_multiple
+        return sum(blank_pictures(count, size, rows, multiple) for count in self._pictures(step))
 
     def _encoder_imbalance(self, step: Step) -> float | None:
         """How unevenly the pictures of this replica's micro-batches fell on the ranks that encode them."""
         size = self.groups.encoders.size()
         if size == 1 or self.settings.parallel.encoder != "data_parallel":
             return None
-        each = self.settings.model.vision.embeddings_per_image
-        pictures = [len(batch.image_index_E) // each for batch in step.batches]
+        pictures = self._pictures(step)
         # The longest share of each micro-batch is what its other ranks wait for.
         longest = sum(imbalance([1.0] * count, size) * count for count in pictures)
         return longest / sum(pictures) if sum(pictures) else None

@@ -41,6 +41,7 @@ class StepRecord:
         bad_samples: samples skipped since the start of the run.
         flops: model FLOPs of the step (``FlopsCounter.step``).
         encoder_imbalance: longest over mean share of the pictures that were dealt over ranks; None where they were not.
+        blank_pictures: pictures that only fill up the products of an FP8 tower; None without one.
     """
 
     step: int
@@ -56,6 +57,7 @@ class StepRecord:
     bad_samples: int = 0
     flops: int = 0
     encoder_imbalance: float | None = None
+    blank_pictures: int | None = None
 
 
 class Observer:
@@ -78,7 +80,7 @@ class Observer:
         self._active = is_first
         self._run_dir = Path(run_dir)
         self._train = settings.train
-        self._peak = peak_flops(device_name, settings.train.dtype)
+        self._peak = peak_flops(device_name, "float8" if settings.precision.fp8 else settings.train.dtype)
         self._world_size = world_size
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._counted_steps = self._counted_tokens = 0
@@ -148,6 +150,8 @@ class Observer:
             metrics["mfu"] = record.flops / seconds / (self._peak * self._world_size)
         if record.encoder_imbalance is not None:
             metrics["encoder_imbalance"] = record.encoder_imbalance
+        if record.blank_pictures is not None:
+            metrics["blank_pictures"] = record.blank_pictures
         metrics |= {
             "tokens": record.tokens,
             "samples": record.samples,
