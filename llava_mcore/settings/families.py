@@ -380,6 +380,7 @@ DECODERS["qwen3_moe"] = replace(
     defaults={
         **DECODERS["qwen3"].defaults,
         "hidden_size": 2048,
+        "intermediate_size": 6144,  # of layers without experts
         "num_hidden_layers": 24,
         "num_key_value_heads": 4,
         "head_dim": None,
