@@ -30,6 +30,11 @@ from llava_mcore.settings.schema import LanguageSettings, ModelSettings, Project
 
 TOOL = Path(__file__).resolve().parents[1] / "tools/convert_checkpoint.py"
 GIB = 2**30
+# A process counts what its parent held when it was forked, so the parent is a small one.
+PEAK = """import resource, subprocess, sys
+done = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(done.returncode)"""
 
 
 def model_of(quick: bool) -> ModelSettings:
@@ -93,13 +98,11 @@ def timed(command: list[str], source: Path, out: Path) -> tuple[float, float]:
     shutil.rmtree(out, ignore_errors=True)
     settle(source)
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    says = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(says.decode()[-2000:])
-    return time.perf_counter() - started, usage.ru_maxrss / 2**20
+    done = subprocess.run([sys.executable, "-c", PEAK, *command], capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - started
+    if done.returncode:
+        raise SystemExit(done.stderr[-2000:])
+    return seconds, float(done.stdout) / 2**20
 
 
 @cache
