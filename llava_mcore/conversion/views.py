@@ -208,8 +208,9 @@ class HuggingFaceView:
     def joined(self, parts: list[torch.Tensor], tensor: Tensor) -> torch.Tensor:
         """Our tensor from its published parts; rows that a vocabulary has gained are the mean of the old, as LLaVA makes them."""
         whole = fusions.join(parts, tensor)
-        if tensor.fusion == "vocab":
-            whole[parts[0].shape[0] : self.settings.language.vocab_size] = mean_row(parts[0])
+        old, new = tensor.part_shapes[0][0], self.settings.language.vocab_size
+        if tensor.fusion == "vocab" and old < new:
+            whole[old:new] = mean_row(parts[0])
         return whole
 
     def unused(self) -> dict[str, Info]:
@@ -345,7 +346,7 @@ class CheckpointView:
 def mean_row(table: torch.Tensor) -> torch.Tensor:
     """The mean of the rows of a table [V, H], summed in float64, in the table's type."""
     total = torch.zeros(table.shape[1], dtype=torch.float64)
-    for rows in table.split(4096):
+    for rows in table.split(512):
         total += rows.sum(dim=0, dtype=torch.float64)
     return (total / table.shape[0]).to(table.dtype)
 
