@@ -44,6 +44,8 @@ PREFIXES: dict[str, tuple[str, ...]] = {
     "language_model": ("language_model.model.", "model.language_model.", "model."),
     "head": ("language_model.", ""),
 }
+# The prefixes of modules that stand alone.
+ALONE = {"decoder": {"language_model": "model.", "head": ""}}
 # The original layout numbers the projector's layers, the activation counted.
 PROJECTOR_NAMES = {"model.mm_projector.": {"linear_1.": "0.", "linear_2.": "2."}}
 # Learned, and not part of any module: one vector between rows of tiles.

@@ -99,6 +99,17 @@ def test_truncated_file(source: Path, keep: int) -> None:
     refused(source, "model.safetensors", "cut short or damaged")
 
 
+def test_two_tensors_for_one_name_in_a_file(source: Path) -> None:
+    file = source / "model.safetensors"
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    last = "vision_tower.pre_layrnorm.weight"
+    header = content[8 : 8 + size].replace(last.encode(), last.replace("weight", "bias").encode().ljust(len(last)), 1)
+    header = header.replace(b'pre_layrnorm.bias  "', b'pre_layrnorm.bias"  ')
+    file.write_bytes(content[:8] + header + content[8 + size :])
+    refused(source, "model.safetensors", "two tensors for one name: vision_tower.pre_layrnorm.bias")
+
+
 def test_index(source: Path, saved: dict[str, Path]) -> None:
     shutil.rmtree(source)
     from transformers import LlavaForConditionalGeneration

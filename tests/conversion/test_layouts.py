@@ -195,6 +195,18 @@ def test_tower_and_decoder(tower: Path, decoder: Path, tmp_path: Path) -> None:
     assert torch.equal(tensors(tmp_path / "again")["multi_modal_projector.linear_1.bias"], given["model.mm_projector.0.bias"])
 
 
+@pytest.mark.parametrize("name", ["groups2", "groups3_tied_full"])
+def test_decoder_out(saved: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """The language model alone answers text as the whole does, and can be put together with a tower again."""
+    import_hf(saved[name], tmp_path / "checkpoint")
+    report = convert.export_hf(
+        tmp_path / "checkpoint", tmp_path / "decoder", layout="decoder", compare_logits=name == "groups3_tied_full"
+    )
+    assert report is not None and (name == "groups2" or "match on 12 tokens" in str(report.logits))
+    theirs, whole = tensors(tmp_path / "decoder"), tensors(saved[name])
+    assert_same(theirs, {k.removeprefix("language_model."): v for k, v in whole.items() if k.startswith("language_model.")})
+
+
 def test_vocabulary_grows(saved: dict[str, Path], tmp_path: Path) -> None:
     """Asked for, or because tokens were added to the tokenizer; an export keeps the rows, its config knows them."""
     source = shutil.copytree(saved["groups2"], tmp_path / "source")
