@@ -13,9 +13,8 @@ import numpy as np
 from PIL import Image
 
 from llava_mcore.data.errors import SampleError
+from llava_mcore.data.probe import MAX_PIXELS
 
-# A picture of more pixels than this is a mistake or an attack (Pillow's own limit, where it only warns): 268 MB decoded.
-MAX_PIXELS = 89_478_485
 # `square` enlarges before it crops, and a strip of 1 x 100,000 would become a giant.
 MAX_RESIZED_PIXELS = 2 * MAX_PIXELS
 
