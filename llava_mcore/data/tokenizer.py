@@ -7,6 +7,8 @@ are cut there and each piece is encoded on its own, which is what LLaVA's ``Llam
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -35,6 +37,11 @@ class Tokenizer(Protocol):
     eos_id: int | None
     eos_token: str | None
     vocab_size: int
+
+    @property
+    def digest(self) -> str:
+        """Of everything that decides which ids a text becomes."""
+        ...
 
     def encode(self, text: str) -> tuple[list[int], Offsets]:
         """Token ids, without BOS and EOS, and the characters [begin, end) of ``text`` that each stands for."""
@@ -98,6 +105,13 @@ class _Files(ABC):
 
     @abstractmethod
     def _build(self) -> None: ...
+
+    @functools.cached_property
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        for name, data in sorted({self.own_name: self._data, **self._side}.items()):
+            digest.update(json.dumps([name, len(data)]).encode() + data)
+        return digest.hexdigest()
 
     def _configs(self) -> list[dict[str, Any]]:
         """The side files that are JSON objects, those that outrank others first."""

@@ -139,10 +139,33 @@ class ModelSettings:
 
 
 @dataclass(config=STRICT, kw_only=True)
+class SourceSettings:
+    """One dataset of a mixture."""
+
+    path: str = Field(description="folder of webdataset shards with their index")
+    weight: Annotated[float, Field(ge=0)] | dict[NonNegative, Annotated[float, Field(ge=0)]] | None = Field(
+        default=None,
+        description="share of the samples, relative to the other datasets'; or {step: weight} to change it on the way",
+    )
+    epochs: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="times the dataset occurs in an epoch of the mixture"
+    )
+    sampling_strategy: str = Field(
+        default="all", description="samples that take part: all, first:N, end:N or random:N; N may be 20%"
+    )
+
+
+@dataclass(config=STRICT, kw_only=True)
 class DataSettings:
     """What is read, and how it becomes packed streams."""
 
     path: str | None = Field(None, description="folder of webdataset shards with their index (tools/prepare_data.py shard)")
+    mixture: list[SourceSettings] = Field(
+        default_factory=list,
+        description="several datasets in place of path, all with a weight or all with epochs (1 where neither is given): "
+        "a list of {path, weight, epochs, sampling_strategy}",
+    )
+    mixture_file: str | None = Field(None, description="YAML file with the mixture as its list `datasets`, in place of path")
     tokenizer: str | None = Field(None, description="folder with tokenizer.json or tokenizer.model, or such a file")
     template: Literal["plain", "vicuna_v1"] = Field("vicuna_v1", description="how a conversation becomes text and labels")
     image_mode: Literal["pad", "square"] = Field(
@@ -154,10 +177,41 @@ class DataSettings:
     )
     sequence_length: Positive = Field(2048, description="tokens of one packed stream")
     packing: bool = Field(True, description="several samples in a stream; false: one sample in each")
+    packing_window: NonNegative = Field(
+        4096,
+        description="samples that are packed together, in whole steps: a step then has train.global_batch_size samples on "
+        "average; 0: every step is packed alone and has exactly as many",
+    )
+    streams_multiple: Positive = Field(
+        1,
+        description="streams of a step come in groups of so many, where a window has enough: "
+        "with the data-parallel size no rank gets an empty one",
+    )
     shuffle: bool = Field(True, description="a new order every epoch; false: the order of the shards")
+    shuffle_shards: Positive = Field(16, description="shards whose samples are mixed with each other; all are read at a time")
+    quarantine: str | None = Field(
+        None,
+        description="list of samples to leave out, each from a stated position on (tools/prepare_data.py quarantine)",
+    )
     max_bad_samples: NonNegative = Field(100, description="unreadable samples that are skipped before the run stops")
+    max_bad_rate: Fraction = Field(0.01, description="largest share of unreadable samples among the last 100,000")
+    max_bad_in_a_row: Positive = Field(32, description="unreadable samples one after the other that stop the run")
+    read_ahead: NonNegative = Field(2, description="steps whose bytes are read before their turn to be decoded")
+    read_threads: Positive = Field(4, description="threads that read bytes")
     prefetch: Positive = Field(2, description="steps made ready ahead of the model")
     decode_threads: Positive = Field(2, description="threads that decode pictures")
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSettings:
+        named = [name for name in ("path", "mixture", "mixture_file") if getattr(self, name)]
+        problems = [f"{' and '.join(named)} exclude each other; set one of them"] if len(named) > 1 else []
+        if self.mixture:
+            given = {name for source in self.mixture for name in ("weight", "epochs") if getattr(source, name) is not None}
+            weighted = [source.weight is not None for source in self.mixture]
+            if len(given) > 1 or any(weighted) != all(weighted):
+                problems.append("mixture: give every dataset a weight, or none and epochs where they are not 1")
+        _fail_on(problems)
+        return self
 
 
 @dataclass(config=STRICT, kw_only=True)
