@@ -59,7 +59,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     preview.add_argument("--output", required=True, help="file to write")
     preview.add_argument("--tokenizer", required=True)
     preview.add_argument("--samples", type=int, default=20, help="how many, spread evenly over the dataset")
-    preview.add_argument("settings", nargs="*", metavar="key=value", help="of the run: experiment=NAME, data.template=..., ...")
+    preview.add_argument(
+        "--settings",
+        nargs="+",
+        metavar="key=value",
+        default=["experiment=finetune_llava_7b"],
+        help="of the run: experiment=NAME, data.template=..., ... (default: %(default)s)",
+    )
 
     quarantine = commands.add_parser("quarantine", help="make a list of samples to leave out from a run's quarantine log")
     quarantine.add_argument("log", help="quarantine.jsonl of a run")
@@ -155,7 +161,7 @@ def run_preview(arguments: argparse.Namespace) -> int:
     from llava_mcore.settings.compose import SettingsError, compose
 
     try:
-        settings = compose(arguments.settings or ["experiment=finetune_llava_7b"])
+        settings = compose(arguments.settings)
     except SettingsError as error:
         print(f"prepare_data: {error}", file=sys.stderr)
         return 1
