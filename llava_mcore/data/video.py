@@ -23,7 +23,7 @@ from llava_mcore.data.probe import Probe, check_size, looks_like
 # What FFmpeg calls the containers that are read here (also for mp4's relatives, mov and m4v).
 CONTAINERS = ("mov,mp4", "matroska,webm")
 _SHOW_FRAME = 1 << 4  # of a VP8 frame's first byte (RFC 6386, 9.1): packets without it show nothing
-# Codecs whose decoders leave out frames that no other refers to when told so for one packet (libdav1d heeds only its first order).
+# Codecs whose decoders, told so for one packet, leave out frames that no other refers to (libdav1d heeds its first order only).
 _CAN_SKIP = frozenset({"h264", "hevc", "mpeg4"})
 _CODECS = {"libdav1d": "av1", "libvpx": "vp8", "libvpx-vp9": "vp9"}
 

@@ -158,6 +158,16 @@ class DataSettings:
     max_bad_samples: NonNegative = Field(100, description="unreadable samples that are skipped before the run stops")
     prefetch: Positive = Field(2, description="steps made ready ahead of the model")
     decode_threads: Positive = Field(2, description="threads that decode pictures")
+    decoder: Literal["auto", "dali", "python"] = Field(
+        "auto", description="what decodes: dali (Pillow and PyAV where it cannot), python (Pillow, PyAV), or DALI if installed"
+    )
+    video_frames: Positive = Field(8, description="frames of a video, at most")
+    video_frames_by: Literal["uniform", "segments", "time", "fps"] = Field(
+        "uniform",
+        description="frames of a video: middles of equal parts (uniform), a random one of each part (segments), middles of parts "
+        "of equal duration (time), or so many a second (fps)",
+    )
+    video_fps: float = Field(1.0, gt=0, description="frames of a video a second, where video_frames_by is fps")
 
 
 @dataclass(config=STRICT, kw_only=True)
