@@ -1,8 +1,8 @@
 """DALI as decoder: pipelines without state that take a chunk of encoded media and give pixels, resized and normalised.
 
 The resize is that of transformers' image processor: sizes computed as it does, cubic with antialiasing, and only the part that
-the centre crop keeps. One thing differs: Pillow rounds and clips between its two passes and DALI does not, which is up to 8/255 in
-photographs (0.2 on average) and 30/255 at hard edges of full contrast, as in text. ``gpu`` selects nvJPEG and NVDEC (``mixed``
+the centre crop keeps. One thing differs: Pillow rounds and clips between its two passes and DALI does not, which is up to 8/255
+in photographs (0.2 on average) and 30/255 at hard edges of full contrast, as in text. ``gpu`` selects nvJPEG and NVDEC (``mixed``
 operators); no GPU has run that yet.
 """
 

@@ -1,9 +1,9 @@
 """The decoder of media: bytes in, what a tower sees out. It holds no state, so order and resuming are no business of its.
 
 Two backends. ``python`` decodes pictures with Pillow and videos with PyAV, and gives the very numbers of transformers' image
-processor. ``dali`` gives what DALI can do to pipelines of DALI, one for each kind of medium, fed with chunks of requests; the rest
-goes the Python way. Which way a medium takes depends on its own bytes alone (and on whether DALI and a GPU are there), so its pixels
-are the same to the bit alone or in any company.
+processor. ``dali`` gives what DALI can do to pipelines of DALI, one for each kind of medium, fed with chunks of requests; the
+rest goes the Python way. Which way a medium takes depends on its own bytes alone (and on whether DALI and a GPU are there), so its
+pixels are the same to the bit alone or in any company.
 
 ===================================  ==============================  ==============================
 medium                               dali on a CPU                   dali on a GPU
@@ -16,7 +16,8 @@ other videos                         PyAV                            PyAV
 sounds                               PyAV                            PyAV
 ===================================  ==============================  ==============================
 
-A plain picture has 8 bits a channel, no palette and no transparency. What DALI refuses is tried once more the Python way, which then says what is wrong with it.
+A plain picture has 8 bits a channel, no palette and no transparency. What DALI refuses is tried once more the Python way, which
+then says what is wrong with it.
 """
 
 from __future__ import annotations
