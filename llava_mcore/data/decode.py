@@ -2,8 +2,8 @@
 
 Two backends. ``python`` decodes pictures with Pillow and videos with PyAV, and gives the very numbers of transformers' image
 processor. ``dali`` gives what DALI can do to pipelines of DALI, one for each kind of medium, fed with chunks of requests; the
-rest goes the Python way. Which way a medium takes depends on its own bytes alone (and on whether DALI and a GPU are there), so its
-pixels are the same to the bit alone or in any company.
+rest goes the Python way. Which way a medium takes depends on its own bytes alone (and on whether DALI and a GPU are there), so
+its pixels are the same to the bit alone or in any company.
 
 ===================================  ==============================  ==============================
 medium                               dali on a CPU                   dali on a GPU

@@ -138,13 +138,39 @@ class ModelSettings:
         return self
 
 
+TemplateName = Literal[
+    "plain",
+    "plain_eos",
+    "v0",
+    "v1",
+    "vicuna_v1",
+    "llava_v1",
+    "llava_llama_2",
+    "mistral_instruct",
+    "chatml",
+    "mpt",
+    "qwen_1_5",
+    "qwen_2",
+    "qwen_2_5",
+    "chat_template",
+]
+
+
 @dataclass(config=STRICT, kw_only=True)
 class DataSettings:
     """What is read, and how it becomes packed streams."""
 
     path: str | None = Field(None, description="folder of webdataset shards with their index (tools/prepare_data.py shard)")
     tokenizer: str | None = Field(None, description="folder with tokenizer.json or tokenizer.model, or such a file")
-    template: Literal["plain", "vicuna_v1"] = Field("vicuna_v1", description="how a conversation becomes text and labels")
+    template: TemplateName = Field(
+        "vicuna_v1", description="how a conversation becomes text and labels; chat_template: the tokenizer's own"
+    )
+    system_prompt: str | None = Field(None, description="in place of the template's (a sample's own goes before it)")
+    label_rule: Literal["answers", "published"] = Field(
+        "answers", description="learn the answers and what ends them, or what the published models of the template learned"
+    )
+    image_start_token: str = Field("", description="token in front of every picture, as <im_start>; the tokenizer must have it")
+    image_end_token: str = Field("", description="token behind every picture, as <im_end>")
     image_mode: Literal["pad", "square"] = Field(
         "pad", description="pad: to a square with the mean colour, then resize; square: resize the short side, then centre-crop"
     )
