@@ -42,7 +42,8 @@ def open_rgb(data: bytes) -> Image.Image:
     """Decodes a picture to RGB.
 
     Like transformers (and unlike LLaVA's own ``convert("RGB")``, which shows whatever colour hides under full transparency)
-    transparent pixels are laid on white. EXIF rotation is not applied, as in both.
+    transparent pixels are laid on white. EXIF rotation is not applied, as in both. Gray of 16 bits is clipped at 255,
+    as in transformers.
 
     Raises:
         SampleError: the bytes are no picture, are cut short, or the picture is too large.
