@@ -27,6 +27,7 @@ setup(
         "webdataset==1.0.2",
         "Pillow>=11",
         "av>=18.1,<19",
+        "jinja2>=3.1",
         "PyYAML>=6.0",
         "hydra-core==1.3.8",
         "pydantic>=2.11,<3",

@@ -39,8 +39,8 @@ WIDTH = 4096  # of the decoder that costs are those of
 
 def mixed_lengths(count: int, random: np.random.Generator) -> np.ndarray:
     """Lengths of a mix of tasks: 45 % one picture (576 and text of median 220), 15 % 3 to 5 tiles of 576 and text of median 180,
-    20 % text alone (median 380), 12 % video of 8, 16 or 32 frames (half, 3 and 2 of 10) of 144 and 150, 8 % captions of 611. Texts
-    are lognormal, with sigma 0.75, alone 1.0. Mean 1224, median 832, 90 % 2536, 99 % 4758."""
+    20 % text alone (median 380), 12 % video of 8, 16 or 32 frames (half, 3 and 2 of 10) of 144 and 150, 8 % captions of 611.
+    Texts are lognormal, with sigma 0.75, alone 1.0. Mean 1224, median 832, 90 % 2536, 99 % 4758."""
     kind = random.choice(5, count, p=[0.45, 0.15, 0.20, 0.12, 0.08])
     drawn = [
         576 + random.lognormal(np.log(220), 0.75, count),
@@ -265,7 +265,7 @@ def memory(quick: bool) -> Measure:
         rate = seen / (time.perf_counter() - began)
     tenth = len(resident) // 10
     early, late = max(resident[:tenth]), max(resident[-tenth:])
-    note = f"{seen:,} samples with small pictures through the loader, {rate:,.0f} a second; peer: the same process after a tenth of them"
+    note = f"{seen:,} samples with small pictures through the loader, {rate:,.0f} a second; peer: itself after a tenth of them"
     return Measure(late, early, "MiB", 0.95, "lower", note)
 
 

@@ -21,9 +21,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llava_mcore.data import prepare  # noqa: E402
+from llava_mcore.data.conversation import Rendering  # noqa: E402
 from llava_mcore.data.errors import DatasetError  # noqa: E402
 from llava_mcore.data.index import build_index, is_current  # noqa: E402
-from llava_mcore.data.lengths import Lengths, build_lengths, summary  # noqa: E402
+from llava_mcore.data.lengths import OPTIONS, Lengths, build_lengths, summary  # noqa: E402
 from llava_mcore.data.shards import INDEX_DIR, UNREADABLE_FILE, ShardDataset  # noqa: E402
 from llava_mcore.data.storage import open_storage  # noqa: E402
 
@@ -48,6 +49,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     index.add_argument("--root", help="where the shards are, if not in the folder: any URL that fsspec opens")
     index.add_argument("--tokenizer", help="also tokenise every text: a run is planned from the lengths")
     index.add_argument("--template", choices=prepare.template_names(), default="vicuna_v1", help="that the run will use")
+    index.add_argument("--system-prompt", help="as data.system_prompt of the run")
+    index.add_argument("--image-start-token", default="", help="as data.image_start_token of the run")
+    index.add_argument("--image-end-token", default="", help="as data.image_end_token of the run")
     index.add_argument("--processes", type=int, help="processes that share the work (default: one a core)")
     index.add_argument("--force", action="store_true", help="build the index anew even if no shard has changed")
 
@@ -130,9 +134,8 @@ def run_index(arguments: argparse.Namespace) -> int:
         print(f"media that cannot be read: {dataset.unreadable}, named in {dataset.path / INDEX_DIR / UNREADABLE_FILE}")
     if arguments.tokenizer:
         with bar(len(dataset), "sample") as progress:
-            lengths = build_lengths(
-                arguments.folder, arguments.tokenizer, arguments.template, progress.update, arguments.processes
-            )
+            how = Rendering(**{name: getattr(arguments, name) for name in OPTIONS})
+            lengths = build_lengths(arguments.folder, arguments.tokenizer, how, progress.update, arguments.processes)
         _say_lengths(dataset, lengths)
     return 0
 

@@ -23,7 +23,18 @@ import numpy as np
 
 from llava_mcore.data.errors import DatasetError, SampleError
 from llava_mcore.data.probe import Probe, probe
-from llava_mcore.data.shards import COLUMNS, FORMAT_VERSION, INDEX_DIR, KINDS, META_FILE, TEXT_KINDS, UNREADABLE_FILE, family
+from llava_mcore.data.shards import (
+    COLUMNS,
+    FORMAT_VERSION,
+    INDEX_DIR,
+    KINDS,
+    META_FILE,
+    PICTURE,
+    TEXT_KINDS,
+    UNREADABLE_FILE,
+    VIDEO,
+    family,
+)
 from llava_mcore.data.storage import Storage, open_storage
 
 BLOCK = 512
@@ -48,9 +59,10 @@ class Member:
     size: int  # bytes
 
     @property
-    def rank(self) -> tuple[int, int]:
+    def rank(self) -> tuple[int, int, int]:
         """What the components of a sample are sorted by; no two may have the same."""
-        return family(KINDS[self.extension]), self.place
+        what = family(KINDS[self.extension])
+        return (PICTURE, self.place, what) if what in (PICTURE, VIDEO) else (what, self.place, 0)
 
 
 def walk(read: Callable[[int, int], bytes], size: int) -> Iterator[tuple[str, int, int]]:

@@ -14,20 +14,20 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llava_mcore.data.account import Account
-from llava_mcore.data.conversation import IGNORE, EncodedSample, encode_conversation
+from llava_mcore.data.conversation import IGNORE, EncodedSample
+from llava_mcore.data.decode import Decoder, Request
 from llava_mcore.data.errors import DatasetError, SampleError
-from llava_mcore.data.image import open_rgb, preprocess
+from llava_mcore.data.lengths import command_of
 from llava_mcore.data.packing import Cost, Stream, deal
 from llava_mcore.data.plan import PlannedSample, Planner, StepPlan, bad_sample
 from llava_mcore.data.quarantine import BadSample
-from llava_mcore.data.shards import ShardDataset
+from llava_mcore.data.sample import Reading, requests_of
 from llava_mcore.data.tokenizer import Tokenizer
 from llava_mcore.settings.schema import DataSettings, VisionSettings
 
@@ -76,10 +76,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class _Raw:
-    """The bytes of a sample."""
+    """A sample that was read and tokenised, but not decoded."""
 
-    record: dict[str, Any]
-    pictures: list[bytes]
+    tokens: EncodedSample
+    requests: list[Request]
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ class StreamLoader:
         if not 0 <= rank < size:
             raise ValueError(f"rank {rank} is outside of 0..{size - 1}")
         self.planner = planner
-        self._tokenizer, self._data, self._vision = tokenizer, data, vision
-        self._image_token_id = image_token_id
+        self._data, self._vision = data, vision
+        self._reading = Reading.from_settings(tokenizer, data, vision, image_token_id)
         self._rank, self._size = rank, size
         self._micro_batch_size, self._batches_multiple = micro_batch_size, batches_multiple
         self._cost, self._start_step = cost or Cost(), start_step
@@ -161,15 +161,16 @@ class StreamLoader:
             raise _Stopped
 
         readers = ThreadPoolExecutor(self._data.read_threads, thread_name_prefix="stream-loader-read")
-        decoders = ThreadPoolExecutor(self._data.decode_threads, thread_name_prefix="stream-loader-decode")
+        decoder: Decoder | None = None
         try:
+            decoder = Decoder.from_settings(self._data, self._vision)
             reading: deque[_Work] = deque()
             step, steps = self._start_step, self.planner.steps
             while reading or steps is None or step < steps:
                 while len(reading) <= self._data.read_ahead and (steps is None or step < steps):
                     reading.append(self._read_step(step, readers))
                     step += 1
-                put(self._build(reading.popleft(), decoders))
+                put(self._build(reading.popleft(), decoder))
             put(None)
         except _Stopped:
             pass
@@ -179,8 +180,9 @@ class StreamLoader:
             except _Stopped:
                 pass
         finally:
-            for pool in (readers, decoders):
-                pool.shutdown(cancel_futures=True)
+            readers.shutdown(cancel_futures=True)
+            if decoder is not None:
+                decoder.close()
 
     # ---- one step ----
 
@@ -193,23 +195,34 @@ class StreamLoader:
         return _Work(plan, ranks, {number: readers.submit(self._read, plan.samples[number]) for number in mine})
 
     def _read(self, sample: PlannedSample) -> _Raw | SampleError:
+        """Reads and tokenises a sample."""
         dataset = self.planner.blend.sources[sample.source].dataset
         try:
-            return _Raw(dataset.read_record(sample.index), dataset.read_pictures(sample.index))
+            record = dataset.read_record(sample.index)
+            requests = requests_of(dataset, sample.index, self.planner.seed, sample.epoch)
+            tokens = truncate(self._reading.encode(dataset, sample.index, record), self._data.sequence_length)
         except SampleError as error:
             return error
+        if len(tokens.input_ids) != sample.length:
+            raise DatasetError(
+                f"{dataset.path}, {dataset.name(sample.index)} has {len(tokens.input_ids)} tokens where the index says "
+                f"{sample.length}; build it anew: `{command_of(dataset.path, 'TOKENIZER', self._reading.how)} --force`"
+            )
+        return _Raw(tokens, requests)
 
-    def _build(self, work: _Work, decoders: ThreadPoolExecutor) -> Step:
+    def _build(self, work: _Work, decoder: Decoder) -> Step:
         """This rank's batches of a step."""
         plan, mine = work.plan, work.ranks[self._rank]
-        numbers = list(work.raw)
-        made = decoders.map(lambda number: self._piece(plan.samples[number], work.raw[number].result()), numbers)
+        read = {number: future.result() for number, future in work.raw.items()}
+        requests = [request for raw in read.values() if isinstance(raw, _Raw) for request in raw.requests]
+        decoded = iter(decoder.decode(requests))
         pieces: dict[int, Piece] = {}
         bad: list[BadSample] = []
         account = Account()
-        for number, (piece, reason) in zip(numbers, made, strict=True):
+        for number, raw in read.items():
             sample = plan.samples[number]
-            pieces[number] = piece
+            pixels = [next(decoded) for _ in raw.requests] if isinstance(raw, _Raw) else []
+            pieces[number], reason = self._piece(sample, raw, pixels)
             account.add(sample.source, sample.epoch, [sample.index])
             if reason is not None:
                 bad.append(bad_sample(self.planner.blend, sample, reason, number))
@@ -235,45 +248,28 @@ class StreamLoader:
             account=account,
         )
 
-    def _piece(self, sample: PlannedSample, raw: _Raw | SampleError) -> tuple[Piece, str | None]:
+    def _piece(
+        self, sample: PlannedSample, raw: _Raw | SampleError, pixels: Sequence[np.ndarray | SampleError]
+    ) -> tuple[Piece, str | None]:
         """A sample as it goes into its stream, and what is wrong with it, if anything is.
 
         What cannot be read or decoded keeps its planned place, and teaches nothing.
         """
         side = self._vision.image_size
-        blank = np.zeros((0, 3, side, side), dtype=np.float32)
         nothing = np.full(sample.length, IGNORE, dtype=np.int64)
         if isinstance(raw, SampleError):
-            return Piece(np.full(sample.length, PAD_ID, dtype=np.int64), nothing, nothing[:0], blank), raw.reason
-        try:
-            tokens = self._tokenize(sample, raw)
-        except SampleError as error:
-            return Piece(np.full(sample.length, PAD_ID, dtype=np.int64), nothing, nothing[:0], blank), error.reason
-        try:
-            pixels = preprocess_all(raw.pictures, self._data, side)
-        except SampleError as error:
-            blank = np.zeros((sample.pictures, 3, side, side), dtype=np.float32)
-            return Piece(tokens.input_ids, nothing, tokens.image_slots, blank), error.reason
-        return Piece(tokens.input_ids, tokens.labels, tokens.image_slots, pixels), None
-
-    def _tokenize(self, sample: PlannedSample, raw: _Raw) -> EncodedSample:
-        tokens = encode_conversation(
-            raw.record.get("conversations"),
-            self._tokenizer,
-            self._data.template,
-            num_images=len(raw.pictures),
-            image_tokens_each=self._vision.embeddings_per_image,
-            image_token_id=self._image_token_id,
-        )
-        tokens = truncate(tokens, self._data.sequence_length)
-        if len(tokens.input_ids) != sample.length:
-            dataset = self.planner.blend.sources[sample.source].dataset
-            raise DatasetError(
-                f"{dataset.path}, {dataset.name(sample.index)} has {len(tokens.input_ids)} tokens where the index says "
-                f"{sample.length}; build it anew with `prepare_data.py index {dataset.path} --tokenizer ... --template "
-                f"{self._data.template}`"
-            )
-        return tokens
+            ids, none = np.full(sample.length, PAD_ID, dtype=np.int64), np.empty((0, 3, side, side), dtype=np.float32)
+            return Piece(ids, nothing, nothing[:0], none), raw.reason
+        tokens = raw.tokens
+        failed = [result.reason for result in pixels if isinstance(result, SampleError)]
+        seen = np.zeros((sample.pictures, 3, side, side), dtype=np.float32)
+        if not failed and pixels:
+            seen = np.concatenate([result.reshape(-1, 3, side, side) for result in pixels if isinstance(result, np.ndarray)])
+        if len(seen) != sample.pictures:
+            failed = [f"gives {len(seen)} pictures and frames where the index says {sample.pictures}"]
+            seen = np.zeros((sample.pictures, 3, side, side), dtype=np.float32)
+        labels = nothing if failed else tokens.labels
+        return Piece(tokens.input_ids, labels, tokens.image_slots, seen), failed[0] if failed else None
 
 
 def lay_out(streams: Sequence[Sequence[Piece]], capacity: int, image_size: int) -> Batch:
@@ -313,25 +309,6 @@ def lay_out(streams: Sequence[Sequence[Piece]], capacity: int, image_size: int) 
         loss_tokens=int((labels != IGNORE).sum()),
         real_tokens=real_tokens,
     )
-
-
-def read_pixels(dataset: ShardDataset, index: int, data: DataSettings, image_size: int) -> np.ndarray:
-    """A sample's pictures as the model sees them, float32 [n, 3, image_size, image_size].
-
-    Raises:
-        SampleError: one of them cannot be decoded.
-    """
-    return preprocess_all(dataset.read_pictures(index), data, image_size)
-
-
-def preprocess_all(pictures: Sequence[bytes], data: DataSettings, image_size: int) -> np.ndarray:
-    """Encoded pictures as the model sees them, float32 [n, 3, image_size, image_size].
-
-    Raises:
-        SampleError: one of them cannot be decoded.
-    """
-    seen = [preprocess(open_rgb(picture), data.image_mode, image_size, data.image_mean, data.image_std) for picture in pictures]
-    return np.stack(seen) if seen else np.empty((0, 3, image_size, image_size), dtype=np.float32)
 
 
 def truncate(tokens: EncodedSample, length: int) -> EncodedSample:

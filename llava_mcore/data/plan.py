@@ -14,8 +14,8 @@ import numpy as np
 from llava_mcore.data.order import STREAMS, key, permute
 from llava_mcore.data.packing import Stream, pack
 from llava_mcore.data.quarantine import BadSample, QuarantineList
-from llava_mcore.data.shards import FAMILIES, PICTURE
-from llava_mcore.data.sources import Blend, Drawn, Source
+from llava_mcore.data.sample import count_pictures, frames_of
+from llava_mcore.data.sources import Blend, Drawn
 from llava_mcore.settings.schema import DataSettings
 
 
@@ -27,7 +27,7 @@ class PlannedSample:
     epoch: int  # of the source
     index: int  # in the source's dataset
     length: int  # tokens, image embeddings included
-    pictures: int
+    pictures: int  # frames of videos included
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,11 @@ class Planner:
         total_samples: int | None = None,
     ) -> None:
         self.blend = blend
-        self._data, self._each, self._seed = data, embeddings_per_picture, seed
+        self._data, self._each, self.seed = data, embeddings_per_picture, seed
         self._batch, self._total = global_batch_size, total_samples
         self.window_steps = max(1, data.packing_window // global_batch_size) if data.packing else 1
         """Steps of a window."""
+        self._frames = frames_of(data)
         self.quarantine = QuarantineList(data.quarantine)
         self._window = functools.lru_cache(maxsize=2)(self._plan)
 
@@ -142,7 +143,7 @@ class Planner:
             here = np.flatnonzero(drawn.source == number)
             indices = drawn.index[here]
             text, head = (column[indices].astype(np.int64) for column in (source.lengths.text, source.lengths.head))
-            pictures[here] = _pictures(source, indices)
+            pictures[here] = count_pictures(source.dataset, indices, self._frames)
             visual = pictures[here] * self._each
             lengths[here] = np.minimum(text + visual, capacity)
             left_out |= {n: source.lengths.rejected[int(drawn.index[n])] for n in here[text == 0].tolist()}
@@ -165,7 +166,7 @@ class Planner:
             edges = [self._batch * step for step in range(steps + 1)]
             return [self._packed(samples, [n for n in used if a <= n < b]) for a, b in zip(edges, edges[1:], strict=False)]
         if self._data.shuffle:
-            order = permute(np.arange(len(streams), dtype=np.int64), len(streams), key(self._seed, STREAMS, window))
+            order = permute(np.arange(len(streams), dtype=np.int64), len(streams), key(self.seed, STREAMS, window))
             streams = [streams[number] for number in order.tolist()]
         multiple = min(self._data.streams_multiple, len(streams) // steps)
         groups = -(-len(streams) // multiple)
@@ -175,17 +176,6 @@ class Planner:
     def _packed(self, samples: list[PlannedSample], used: list[int]) -> list[Stream]:
         packed = pack([samples[number].length for number in used], self._data.sequence_length)
         return [[used[place] for place in stream] for stream in packed]
-
-
-def _pictures(source: Source, indices: np.ndarray) -> np.ndarray:
-    """Pictures of each sample."""
-    columns = source.dataset.columns
-    first, last = columns["sample_component"][indices], columns["sample_component"][indices + 1]
-    counts = last - first
-    owners = np.repeat(np.arange(len(indices)), counts)
-    rows = np.arange(counts.sum()) + np.repeat(first - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
-    shown = FAMILIES[columns["component_kind"][rows]] == PICTURE
-    return np.bincount(owners[shown], minlength=len(indices))
 
 
 def bad_sample(blend: Blend, sample: PlannedSample, reason: str, place: int = 0) -> BadSample:

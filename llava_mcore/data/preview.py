@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from llava_mcore.data.conversation import IGNORE, EncodedSample, encode_conversation
+from llava_mcore.data.conversation import IGNORE, EncodedSample
+from llava_mcore.data.decode import Decoder
 from llava_mcore.data.errors import SampleError
-from llava_mcore.data.image import open_rgb, preprocess
+from llava_mcore.data.sample import Reading, decode_sample
 from llava_mcore.data.shards import ShardDataset
 from llava_mcore.data.tokenizer import Tokenizer
 from llava_mcore.settings.schema import DataSettings, Settings
@@ -38,49 +39,39 @@ def write_preview(output: Path, dataset: ShardDataset, tokenizer: Tokenizer, set
         settings: of the run: template, picture mode, sizes.
         count: samples to show.
     """
+    model, data = settings.model, settings.data
     indices = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)).tolist()
-    title = f"{dataset.path}: {len(indices)} of {len(dataset):,} samples, template {settings.data.template}"
-    with open(output, "w", encoding="utf-8") as page:
+    title = f"{dataset.path}: {len(indices)} of {len(dataset):,} samples, template {data.template}"
+    reading = Reading.from_settings(tokenizer, data, model.vision, model.image_token_id)
+    with open(output, "w", encoding="utf-8") as page, Decoder.from_settings(data, model.vision) as decoder:
         page.write(_HEAD.format(title=html.escape(title)))
         for index in indices:
             page.write(f"<section><h2>{index}: {html.escape(dataset.name(index))}</h2>\n")
             try:
-                page.write(_sample(dataset, index, tokenizer, settings))
+                tokens = reading.encode(dataset, index, dataset.read_record(index))
+                pixels = decode_sample(decoder, dataset, index, model.vision.image_size)
+                page.write("".join(_shown(picture, data) for picture in pixels))
+                page.write(_tokens(tokens, tokenizer, data.sequence_length))
             except SampleError as error:
                 page.write(f'<p class="bad">cannot be used: {html.escape(error.reason)}</p>')
             page.write("</section>\n")
     return len(indices)
 
 
-def _sample(dataset: ShardDataset, index: int, tokenizer: Tokenizer, settings: Settings) -> str:
-    model, data = settings.model, settings.data
-    pictures = dataset.read_pictures(index)
-    tokens = encode_conversation(
-        dataset.read_record(index).get("conversations"),
-        tokenizer,
-        data.template,
-        num_images=len(pictures),
-        image_tokens_each=model.vision.embeddings_per_image,
-        image_token_id=model.image_token_id,
-    )
-    shown = "".join(
-        f'<img src="data:image/png;base64,{_seen(picture, data, model.vision.image_size)}" alt="{len(picture)} bytes">'
-        for picture in pictures
-    )
-    learned = int((tokens.labels[: data.sequence_length] != IGNORE).sum())
+def _tokens(tokens: EncodedSample, tokenizer: Tokenizer, length: int) -> str:
+    learned = int((tokens.labels[:length] != IGNORE).sum())
     count = f"{len(tokens.input_ids)} tokens, {learned} learned"
-    if len(tokens.input_ids) > data.sequence_length:
-        count += f', <span class="bad">longer than data.sequence_length={data.sequence_length}</span>'
-    return f'<p>{shown}</p><p>{count}</p><p class="text">{_text(tokens, tokenizer, data.sequence_length)}</p>'
+    if len(tokens.input_ids) > length:
+        count += f', <span class="bad">longer than data.sequence_length={length}</span>'
+    return f'<p>{count}</p><p class="text">{_text(tokens, tokenizer, length)}</p>'
 
 
-def _seen(picture: bytes, data: DataSettings, size: int) -> str:
+def _shown(pixels: np.ndarray, data: DataSettings) -> str:
     """A picture after all that is done to it, made visible again."""
-    pixels = preprocess(open_rgb(picture), data.image_mode, size, data.image_mean, data.image_std)
-    shown = pixels.transpose(1, 2, 0) * np.array(data.image_std) + np.array(data.image_mean)
+    seen = pixels.transpose(1, 2, 0) * np.array(data.image_std) + np.array(data.image_mean)
     file = io.BytesIO()
-    Image.fromarray((shown * 255).round().clip(0, 255).astype(np.uint8)).save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()
+    Image.fromarray((seen * 255).round().clip(0, 255).astype(np.uint8)).save(file, "PNG")
+    return f'<img src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
 
 def _text(tokens: EncodedSample, tokenizer: Tokenizer, length: int) -> str:

@@ -52,7 +52,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class PictureHeader:
-    """``plain``: 8 bits a channel, gray or RGB, opaque: what every decoder agrees on."""
+    """``plain``: 8 bits a channel, gray or RGB, no palette, opaque: what every decoder agrees on."""
 
     format: Literal["JPEG", "PNG", "WEBP"]
     width: int
@@ -162,7 +162,7 @@ def _png(data: bytes) -> PictureHeader:
         (length,) = struct.unpack_from(">I", data, at)
         transparent = transparent or name == b"tRNS"
         at += 12 + length
-    return PictureHeader("PNG", width, height, bits <= 8 and color in (0, 2, 3) and not transparent)
+    return PictureHeader("PNG", width, height, bits == 8 and color in (0, 2) and not transparent)
 
 
 def _webp(data: bytes) -> PictureHeader:

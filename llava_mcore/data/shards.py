@@ -3,7 +3,7 @@
 A dataset is a folder of webdataset tars, here or behind a URL, and a folder ``index``::
 
     shard-00000.tar     {key}.json = {"id", "conversations", ...}, {key}.txt (a caption), {key}.jpg|png|webp, .mp4|webm|mkv,
-                        .mp3|wav|flac; several of a kind have numbers: {key}.0.jpg, {key}.1.png, ...
+                        .mp3|wav|flac; several have numbers, pictures and videos together: {key}.0.jpg, {key}.1.mp4
     index/meta.json     format version, shards with their sizes and numbers of samples, where they are, digest
     index/*.npy         columns, mapped into memory: one row a sample, or one a component (a member of a tar)
     index/unreadable.jsonl  media whose headers cannot be read, and why
@@ -41,7 +41,7 @@ PICTURE, VIDEO, AUDIO = 2, 3, 4
 MAX_KEY_LENGTH = 80  # USTAR keeps 100 bytes of a name; the rest is for ".123.webp"
 
 COLUMNS: dict[str, type] = {
-    "sample_component": np.int64,  # [samples + 1] first component of each sample: JSON, caption, pictures, videos, audio
+    "sample_component": np.int64,  # [samples + 1] first component of each sample: JSON, caption, pictures and videos, sounds
     "sample_key": np.int64,  # [samples + 1] first byte of each sample's key in key_bytes
     "key_bytes": np.uint8,
     "component_offset": np.uint64,  # from here on one row a component; bytes
@@ -134,10 +134,11 @@ class ShardWriter:
         self._keys.add(key)
         members: dict[str, Any] = {"__key__": key, "json": json.dumps(record, ensure_ascii=False).encode()}
         kinds = [KINDS.get(extension, 0) for extension, _ in media]
+        sounds = [family(kind) == AUDIO for kind in kinds]
         for place, (extension, data) in enumerate(media):
             if kinds[place] in TEXT_KINDS:
                 raise ValueError(f"{extension!r} is no extension of a medium in a shard")
-            same = [number for number, kind in enumerate(kinds) if family(kind) == family(kinds[place])]
+            same = [number for number, is_sound in enumerate(sounds) if is_sound == sounds[place]]
             members[extension if len(same) == 1 else f"{same.index(place)}.{extension}"] = data
         if self._count % self._per_shard == 0:
             self._next()
@@ -234,7 +235,7 @@ class ShardDataset:
         return range(int(first), int(last))
 
     def media(self, index: int) -> list[Medium]:
-        """Pictures, then videos, then sounds of a sample."""
+        """Pictures and videos of a sample in the order of their numbers, then its sounds."""
         columns = self.columns
         found = []
         for row in self.rows(index):
@@ -285,16 +286,16 @@ class ShardDataset:
             raise SampleError(f"its .{kind} is not {kind.upper()} ({error})") from error
         return record
 
-    def read_media(self, index: int) -> list[bytes]:
-        """The encoded media of a sample, in the order of ``media``.
+    def read_medium(self, index: int, medium: Medium) -> bytes:
+        """One encoded medium of a sample.
 
         Raises:
             SampleError: bytes have changed since they were indexed.
         """
-        return [self._read(index, medium.row) for medium in self.media(index)]
+        return self._read(index, medium.row)
 
     def read_pictures(self, index: int) -> list[bytes]:
-        """The encoded pictures of a sample, in order; errors as in ``read_media``."""
+        """The encoded pictures of a sample, in order; errors as in ``read_medium``."""
         return [self._read(index, medium.row) for medium in self.media(index) if medium.family == PICTURE]
 
     def read(self, index: int) -> RawSample:

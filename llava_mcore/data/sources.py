@@ -19,6 +19,7 @@ from llava_mcore.data.errors import DatasetError
 from llava_mcore.data.lengths import Lengths, load_lengths
 from llava_mcore.data.mixture import ByEpochs, ByWeight, Interleaving, Scheduled
 from llava_mcore.data.order import Order
+from llava_mcore.data.sample import rendering_of
 from llava_mcore.data.shards import ShardDataset
 from llava_mcore.data.tokenizer import Tokenizer
 from llava_mcore.settings.schema import DataSettings, SourceSettings
@@ -91,7 +92,7 @@ def open_blend(data: DataSettings, tokenizer: Tokenizer, seed: int, global_batch
     sources = []
     for number, settings in enumerate(wanted):
         dataset = ShardDataset(settings.path)
-        lengths = load_lengths(dataset, tokenizer, data.template, data.tokenizer)
+        lengths = load_lengths(dataset, tokenizer, rendering_of(data), data.tokenizer)
         if len(lengths.rejected) == len(dataset):
             first = next(iter(lengths.rejected.values()), "")
             raise DatasetError(f"no sample of {settings.path} can be used ({first}); see tools/prepare_data.py lint")

@@ -138,6 +138,24 @@ class ModelSettings:
         return self
 
 
+TemplateName = Literal[
+    "plain",
+    "plain_eos",
+    "v0",
+    "v1",
+    "vicuna_v1",
+    "llava_v1",
+    "llava_llama_2",
+    "mistral_instruct",
+    "chatml",
+    "mpt",
+    "qwen_1_5",
+    "qwen_2",
+    "qwen_2_5",
+    "chat_template",
+]
+
+
 @dataclass(config=STRICT, kw_only=True)
 class SourceSettings:
     """One dataset of a mixture."""
@@ -167,7 +185,15 @@ class DataSettings:
     )
     mixture_file: str | None = Field(None, description="YAML file with the mixture as its list `datasets`, in place of path")
     tokenizer: str | None = Field(None, description="folder with tokenizer.json or tokenizer.model, or such a file")
-    template: Literal["plain", "vicuna_v1"] = Field("vicuna_v1", description="how a conversation becomes text and labels")
+    template: TemplateName = Field(
+        "vicuna_v1", description="how a conversation becomes text and labels; chat_template: the tokenizer's own"
+    )
+    system_prompt: str | None = Field(None, description="in place of the template's (a sample's own goes before it)")
+    label_rule: Literal["answers", "published"] = Field(
+        "answers", description="learn the answers and what ends them, or what the published models of the template learned"
+    )
+    image_start_token: str = Field("", description="token in front of every picture, as <im_start>; the tokenizer must have it")
+    image_end_token: str = Field("", description="token behind every picture, as <im_end>")
     image_mode: Literal["pad", "square"] = Field(
         "pad", description="pad: to a square with the mean colour, then resize; square: resize the short side, then centre-crop"
     )
@@ -200,6 +226,16 @@ class DataSettings:
     read_threads: Positive = Field(4, description="threads that read bytes")
     prefetch: Positive = Field(2, description="steps made ready ahead of the model")
     decode_threads: Positive = Field(2, description="threads that decode pictures")
+    decoder: Literal["auto", "dali", "python"] = Field(
+        "auto", description="what decodes: dali (Pillow and PyAV where it cannot), python (Pillow, PyAV), or DALI if installed"
+    )
+    video_frames: Positive = Field(8, description="frames of a video, at most")
+    video_frames_by: Literal["uniform", "segments", "time", "fps"] = Field(
+        "uniform",
+        description="frames of a video: middles of equal parts (uniform), a random one of each part (segments), middles of parts "
+        "of equal duration (time), or so many a second (fps)",
+    )
+    video_fps: float = Field(1.0, gt=0, description="frames of a video a second, where video_frames_by is fps")
 
     @model_validator(mode="after")
     def _check(self) -> DataSettings:

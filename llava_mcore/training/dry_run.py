@@ -230,21 +230,29 @@ def _open_data(page: _Page, settings: Settings) -> tuple[Any, Any]:
         page.problems.append(
             "data.tokenizer is not set, so the first batch was not tried; name a folder with tokenizer.json or tokenizer.model"
         )
+    from llava_mcore.data.shards import ShardDataset
     from llava_mcore.data.sources import mixture_of, open_blend
     from llava_mcore.data.tokenizer import load_tokenizer
 
+    tokenizer = None
+    before = len(page.problems)
     try:
-        mixture_of(data)
-    except ValueError as error:
-        page.problems.append(f"{error}; tools/prepare_data.py shard writes such a folder")
-        return None, None
-    if data.tokenizer is None:
-        return None, None
-    try:
-        tokenizer = load_tokenizer(data.tokenizer)
+        if data.tokenizer is not None:
+            tokenizer = load_tokenizer(data.tokenizer)
     except (ValueError, OSError) as error:
         page.problems.append(f"data.tokenizer={data.tokenizer}: {error}")
-        return None, None
+    try:
+        sources = mixture_of(data)
+    except ValueError as error:
+        page.problems.append(f"{error}; tools/prepare_data.py shard writes such a folder")
+        return None, tokenizer
+    for source in sources:
+        try:
+            ShardDataset(source.path)
+        except (ValueError, OSError) as error:
+            page.problems.append(str(error))
+    if tokenizer is None or len(page.problems) > before:
+        return None, tokenizer
     try:
         return open_blend(data, tokenizer, settings.train.seed, settings.train.global_batch_size), tokenizer
     except (ValueError, OSError) as error:

@@ -205,9 +205,10 @@ def test_media_of_several_kinds_are_written_and_read_back(tmp_path: Path) -> Non
     with ShardWriter(tmp_path) as writer:
         writer.write("all", {"id": 0}, media)
     with tarfile.open(tmp_path / "shard-00000.tar") as tar:
-        assert sorted(tar.getnames()) == ["all.0.jpg", "all.1.png", "all.json", "all.mp4", "all.wav"]
+        assert sorted(tar.getnames()) == ["all.0.mp4", "all.1.jpg", "all.2.png", "all.json", "all.wav"]
     build_index(tmp_path)
     dataset = ShardDataset(tmp_path)
-    assert [medium.extension for medium in dataset.media(0)] == ["jpg", "png", "mp4", "wav"]
-    assert dataset.read_media(0) == [b"one", b"two", b"film", b"sound"] and dataset.unreadable == 4
+    assert [medium.extension for medium in dataset.media(0)] == ["mp4", "jpg", "png", "wav"]
+    assert [dataset.read_medium(0, medium) for medium in dataset.media(0)] == [b"film", b"one", b"two", b"sound"]
+    assert dataset.unreadable == 4
     assert np.array(dataset.columns["component_unreadable"]).tolist() == [0, 1, 1, 1, 1]

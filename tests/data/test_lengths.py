@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llava_mcore.data.conversation import encode_conversation
+from llava_mcore.data.conversation import Rendering, encode_conversation
 from llava_mcore.data.errors import DatasetError
 from llava_mcore.data.index import build_index
 from llava_mcore.data.lengths import build_lengths, load_lengths, summary
@@ -19,7 +19,7 @@ Sample = Callable[[int, int], tuple[str, dict[str, Any], list[tuple[str, bytes]]
 
 
 def test_lengths_are_those_of_the_encoded_samples(dataset: ShardDataset, tokenizer: Tokenizer) -> None:
-    lengths = load_lengths(dataset, tokenizer, "vicuna_v1")
+    lengths = load_lengths(dataset, tokenizer, Rendering())
     for index in range(len(dataset)):
         pictures = dataset.num_pictures(index)
         tokens = encode_conversation(
@@ -40,7 +40,7 @@ def test_processes_and_progress(dataset: ShardDataset, sp_file: Path, tokenizer:
     build_index(tmp_path / "copy")  # which forgets lengths
     done: list[int] = []
     lengths = build_lengths(tmp_path / "copy", sp_file, "vicuna_v1", done.append, processes=2)
-    assert np.array_equal(lengths.columns, load_lengths(dataset, tokenizer, "vicuna_v1").columns)
+    assert np.array_equal(lengths.columns, load_lengths(dataset, tokenizer, Rendering()).columns)
     assert sum(done) == 53
     files = sorted(path.name for path in (tmp_path / "copy" / "index").iterdir() if "lengths" in path.name)
     assert [name.split(".")[-1] for name in files] == ["json", "npy"]
@@ -72,7 +72,7 @@ def test_missing_and_damaged_lengths_say_the_command(
 ) -> None:
     command = f"prepare_data.py index {dataset.path} --tokenizer tok --template plain"
     with pytest.raises(DatasetError, match="no text lengths for this tokenizer and template plain") as caught:
-        load_lengths(dataset, tokenizer, "plain", "tok")
+        load_lengths(dataset, tokenizer, Rendering("plain"), "tok")
     assert command in str(caught.value)
     shutil.copytree(dataset.path, tmp_path / "copy")
     copy = ShardDataset(tmp_path / "copy")
@@ -81,16 +81,16 @@ def test_missing_and_damaged_lengths_say_the_command(
         whole = file.read_bytes()
         file.write_bytes(whole[:-20])
         with pytest.raises(DatasetError, match="text lengths of .* are damaged .*prepare_data.py index"):
-            load_lengths(copy, tokenizer, "vicuna_v1")
+            load_lengths(copy, tokenizer, Rendering())
         file.write_bytes(whole)
-    load_lengths(copy, tokenizer, "vicuna_v1")
+    load_lengths(copy, tokenizer, Rendering())
 
 
 def test_another_tokenizer_has_other_lengths(dataset: ShardDataset, sp_file: Path, tmp_path: Path) -> None:
     from llava_mcore.data.tokenizer import load_tokenizer
 
     shutil.copy(sp_file, tmp_path / "tokenizer.model")
-    load_lengths(dataset, load_tokenizer(tmp_path), "vicuna_v1")  # the path does not matter
+    load_lengths(dataset, load_tokenizer(tmp_path), Rendering())  # the path does not matter
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     with pytest.raises(DatasetError, match="no text lengths"):
-        load_lengths(dataset, load_tokenizer(tmp_path), "vicuna_v1")
+        load_lengths(dataset, load_tokenizer(tmp_path), Rendering())

@@ -30,7 +30,7 @@ from llava_mcore.settings.schema import DataSettings, VisionSettings
 IMAGE_ID = 3
 VISION = VisionSettings(image_size=28, patch_size=7, hidden_size=32, ffn_hidden_size=32, num_layers=2, num_attention_heads=2)
 EACH = VISION.embeddings_per_image
-DATA = DataSettings(sequence_length=384, packing_window=0)
+DATA = DataSettings(sequence_length=384, packing_window=0, decoder="python")
 
 Sample = Callable[[int, int], tuple[str, dict[str, Any], list[tuple[str, bytes]]]]
 
@@ -153,7 +153,7 @@ def test_batches_hold_the_samples_of_the_order(dataset: ShardDataset, tokenizer:
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("packing", [True, False])
 def test_same_streams_at_any_number_of_ranks(dataset: ShardDataset, tokenizer: Tokenizer, size: int, packing: bool) -> None:
-    data = DataSettings(sequence_length=384, packing=packing, packing_window=0)
+    data = replace(DATA, packing=packing)
     alone = list(make(dataset, tokenizer, data, total_samples=53))
     ranks = [
         list(make(dataset, tokenizer, data, total_samples=53, rank=rank, size=size, micro_batch_size=2)) for rank in range(size)
@@ -340,7 +340,7 @@ def test_prefetch_is_bounded(dataset: ShardDataset, tokenizer: Tokenizer, monkey
     monkeypatch.setattr(
         StreamLoader, "_build", lambda self, work, pool: (made.append(work.plan.index), original(self, work, pool))[1]
     )
-    iterator = iter(make(dataset, tokenizer, DataSettings(sequence_length=384, packing_window=0, prefetch=2)))
+    iterator = iter(make(dataset, tokenizer, replace(DATA, prefetch=2)))
     assert next(iterator).index == 0
     deadline = time.monotonic() + 5
     while len(made) < 4 and time.monotonic() < deadline:
