@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from llava_mcore.data.tokenizer import Tokenizer
 from llava_mcore.data.video import FrameChoice
 from llava_mcore.settings.schema import DataSettings, VisionSettings
 
-_KINDS = {PICTURE: "picture", VIDEO: "video", AUDIO: "sound"}
+_KINDS: dict[int, Literal["picture", "video", "sound"]] = {PICTURE: "picture", VIDEO: "video", AUDIO: "sound"}
 
 
 def rendering_of(data: DataSettings) -> Rendering:
@@ -31,12 +31,9 @@ def frames_of(data: DataSettings) -> FrameChoice:
     return FrameChoice(data.video_frames_by, data.video_frames, data.video_fps)
 
 
-def media_of(media: Sequence[Medium], embeddings: Sequence[int]) -> list[conversation.Medium]:
-    """Media as a conversation is written with them, and the places each takes."""
-    return [
-        conversation.Medium(_KINDS[medium.family], count)  # type: ignore[arg-type]
-        for medium, count in zip(media, embeddings, strict=True)
-    ]
+def media_of(families: Sequence[int], embeddings: Sequence[int]) -> list[conversation.Medium]:
+    """Media of some families as a conversation is written with them, and the places each takes."""
+    return [conversation.Medium(_KINDS[family], count) for family, count in zip(families, embeddings, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -98,7 +95,7 @@ class Reading:
 
     def _media(self, dataset: ShardDataset, index: int) -> list[conversation.Medium]:
         media = dataset.media(index)
-        return media_of(media, [self.pictures(medium) * self.each for medium in media])
+        return media_of([medium.family for medium in media], [self.pictures(medium) * self.each for medium in media])
 
 
 def requests_of(dataset: ShardDataset, index: int, *identity: int) -> list[Request]:

@@ -84,7 +84,7 @@ def test_shard(source: Path, name: str, picture: Picture) -> None:
     output = source.parent / "shards"
     done: list[int] = []
     report = prepare.shard(source.with_name(name), source.parent / "media", output, samples_per_shard=4, progress=done.append)
-    assert (report.samples, report.pictures, report.problems, sum(done)) == (6, 5, [], 6)
+    assert (report.samples, report.media, report.problems, sum(done)) == (6, 5, [], 6)
     dataset = ShardDataset(output)
     assert dataset.shards == ["shard-00000.tar", "shard-00001.tar"]
     assert [dataset.key(index) for index in range(6)] == ["a_1", "b_2", "c", "text", "000000004", "text-2"]
@@ -197,7 +197,7 @@ def test_missing_media(source: Path) -> None:
 def test_command_line_shard_index_lint(source: Path, sp_file: Path) -> None:
     output = source.parent / "shards"
     made = tool("shard", "--input", source, "--media", source.parent / "media", "--output", output)
-    assert made.returncode == 0 and "6 samples, 5 pictures" in made.stdout and "6/6" in made.stderr, made.stderr
+    assert made.returncode == 0 and "6 samples, 5 media" in made.stdout and "6/6" in made.stderr, made.stderr
     again = tool("shard", "--input", source, "--media", source.parent / "media", "--output", output)
     assert again.returncode == 1 and "--overwrite" in again.stderr
     digest = ShardDataset(output).digest
@@ -220,7 +220,7 @@ def test_command_line_lint_of_a_json(bad: Path) -> None:
     assert linted.returncode == 1
     for (_, reason), line in zip(BAD, linted.stdout.splitlines(), strict=False):
         assert reason in line
-    assert f"17 samples, 5 pictures, {len(BAD)} problems" in linted.stdout
+    assert f"17 samples, 5 media, {len(BAD)} problems" in linted.stdout
     shown = tool("shard", "--input", bad, "--media", bad.parent / "media", "--output", bad.parent / "out")
     assert shown.returncode == 1 and "--skip-bad" in shown.stderr and "missing picture" in shown.stderr
     left = tool("shard", "--input", bad, "--media", bad.parent / "media", "--output", bad.parent / "out", "--skip-bad")
