@@ -1,4 +1,4 @@
-"""Both backends of the decoder: against transformers, against each other, alone and in company, with bad media among good ones."""
+"""Both backends of the decoder: against transformers, against each other, alone and in company, among bad ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 from media_material import encode, photo, read_barcode, sound, video
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from llava_mcore.data import decode
 from llava_mcore.data.dali_pipelines import PixelSettings, dali_version, nvdec_formats
@@ -123,6 +123,21 @@ def test_pixels_are_those_of_transformers(backend: Any, mode: Literal["pad", "sq
         assert difference.max() < (8 if backend == "dali" else 1e-9), name
         means.append(float(difference.mean()))
     assert np.mean(means) < 0.2
+
+
+@needs_dali
+def test_hard_edges_are_farther_from_pillow() -> None:
+    """What Pillow clips between its passes and DALI does not: letters of full contrast, as the documentation says."""
+    page = Image.new("RGB", (640, 480), "white")
+    for top in range(0, 480, 11):
+        ImageDraw.Draw(page).text((3, top), "The quick brown fox jumps over the lazy dog. " * 3, fill="black")
+    request = Request("png", encode(page, "PNG"))
+    clips = []
+    for backend in ("dali", "python"):
+        with Decoder(pixels(side=336), backend=backend) as decoder:
+            clips += decoder.decode([request])
+    difference = np.abs(levels(clips[0]) - levels(clips[1]))
+    assert 8 < difference.max() < 30 and difference.mean() < 0.5
 
 
 def test_alone_or_in_company(decoder: Decoder, together: dict[str, np.ndarray]) -> None:
