@@ -114,7 +114,8 @@ def _against_loader(count: int, rounds: int, at_least: float, name: str, make: C
         loader = make(pictures, Path(folder))
         figures = alternate(lambda _: _ours(pictures, decoder), lambda _: _consumed(loader, count), rounds)
         size = sum(map(len, pictures)) / len(pictures) / 1024
-        note = f"{count} JPEGs of {size:.0f} KiB to {SIDE} px on {CORES} cores: {decoder.describe()}. Peer: {name}, {CORES} processes"
+        how = decoder.describe()
+        note = f"{count} JPEGs of {size:.0f} KiB to {SIDE} px on {CORES} cores; {how}. Peer: {name}, {CORES} processes"
     return Measure(*figures, "pictures/s", at_least, "higher", note)
 
 
