@@ -22,6 +22,7 @@ then says what is wrong with it.
 
 from __future__ import annotations
 
+import os
 import queue
 from collections import Counter
 from collections.abc import Sequence
@@ -78,7 +79,7 @@ class Decoder:
         gpu: DALI decodes on this GPU; None: on the CPU.
 
     Raises:
-        DatasetError: ``backend`` is ``dali``, or a GPU is asked for, and DALI is not installed.
+        DatasetError: what is asked for is not there: DALI, or a GPU.
     """
 
     def __init__(
@@ -92,8 +93,12 @@ class Decoder:
     ) -> None:
         self._pixels, self._frames, self._gpu, self._threads = pixels, frames or FrameChoice(), gpu, threads
         self._version = None if backend == "python" else dali_version()
+        if backend == "python" and gpu is not None:
+            raise DatasetError("data.decode_on=gpu needs DALI: set data.decoder=auto, or data.decode_on=cpu")
         if self._version is None and (backend == "dali" or gpu is not None):
-            raise DatasetError("DALI is not installed: install nvidia-dali-cuda130, or set data.decoder=python")
+            raise DatasetError(
+                "DALI is not installed: install nvidia-dali-cuda130, or set data.decoder=python and data.decode_on=cpu"
+            )
         self._dali_video = CPU_VIDEO if gpu is None else nvdec_formats(_capability(gpu))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decoder")
         # On a CPU as many single-threaded pipelines as threads: no chunk waits for the slowest medium of another.
@@ -103,8 +108,13 @@ class Decoder:
         self.taken: Counter[str] = Counter()
 
     @classmethod
-    def from_settings(cls, data: DataSettings, vision: VisionSettings, gpu: int | None = None) -> Decoder:
-        """The decoder that a run's settings ask for."""
+    def from_settings(cls, data: DataSettings, vision: VisionSettings) -> Decoder:
+        """The decoder that a run's settings ask for; on the GPU of this process, if on one.
+
+        Raises:
+            DatasetError: as the class does.
+        """
+        gpu = int(os.environ.get("LOCAL_RANK", 0)) if data.decode_on == "gpu" else None
         pixels = PixelSettings(vision.image_size, data.image_mode, data.image_mean, data.image_std)
         frames = FrameChoice(data.video_frames_by, data.video_frames, data.video_fps)
         return cls(pixels, frames, backend=data.decoder, threads=data.decode_threads, gpu=gpu)
@@ -228,4 +238,6 @@ class Decoder:
 def _capability(gpu: int) -> tuple[int, int]:
     import torch  # takes seconds; only a GPU needs it
 
+    if not torch.cuda.is_available():
+        raise DatasetError("data.decode_on=gpu, but this machine has no CUDA device: set data.decode_on=cpu")
     return torch.cuda.get_device_capability(gpu)

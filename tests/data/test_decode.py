@@ -1,4 +1,4 @@
-"""Both backends of the decoder: against transformers, against each other, alone and in company, with bad media among good ones."""
+"""Both backends of the decoder: against transformers, against each other, alone and in company, among bad ones."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 from media_material import encode, photo, read_barcode, sound, video
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from llava_mcore.data import decode
 from llava_mcore.data.dali_pipelines import PixelSettings, dali_version, nvdec_formats
 from llava_mcore.data.decode import Decoder, Request
 from llava_mcore.data.errors import DatasetError, SampleError
 from llava_mcore.data.image import open_rgb, preprocess
-from llava_mcore.data.video import FrameChoice
+from llava_mcore.data.video import FrameChoice, decode_frames
+from llava_mcore.settings.schema import DataSettings, VisionSettings
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIDE = 224
@@ -125,6 +126,21 @@ def test_pixels_are_those_of_transformers(backend: Any, mode: Literal["pad", "sq
     assert np.mean(means) < 0.2
 
 
+@needs_dali
+def test_hard_edges_are_farther_from_pillow() -> None:
+    """What Pillow clips between its passes and DALI does not: letters of full contrast, as the documentation says."""
+    page = Image.new("RGB", (640, 480), "white")
+    for top in range(0, 480, 11):
+        ImageDraw.Draw(page).text((3, top), "The quick brown fox jumps over the lazy dog. " * 3, fill="black")
+    request = Request("png", encode(page, "PNG"))
+    clips = []
+    for backend in ("dali", "python"):
+        with Decoder(pixels(side=336), backend=backend) as decoder:
+            clips += decoder.decode([request])
+    difference = np.abs(levels(clips[0]) - levels(clips[1]))
+    assert 8 < difference.max() < 30 and difference.mean() < 0.5
+
+
 def test_alone_or_in_company(decoder: Decoder, together: dict[str, np.ndarray]) -> None:
     """The same bits alone, in another order, and beside bad media."""
     for name, request in MEDIA.items():
@@ -176,6 +192,27 @@ def test_without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
         assert np.array_equal(result, expected)
     with pytest.raises(DatasetError, match="install nvidia-dali-cuda130, or set data.decoder=python"):
         Decoder(pixels(), backend="dali")
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DatasetError, match="decode_on=gpu needs DALI"):
+        Decoder(pixels(), backend="python", gpu=0)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(decode, "dali_version", lambda: "2.4.0")
+    vision = VisionSettings(image_size=28, patch_size=14, hidden_size=32, ffn_hidden_size=32, num_layers=2, num_attention_heads=2)
+    with pytest.raises(DatasetError, match="no CUDA device: set data.decode_on=cpu"):
+        Decoder.from_settings(DataSettings(decode_on="gpu"), vision)
+
+
+def test_settings_reach_the_decoder() -> None:
+    vision = VisionSettings(image_size=56, patch_size=14, hidden_size=32, ffn_hidden_size=32, num_layers=2, num_attention_heads=2)
+    data = DataSettings(video_frames=3, video_frames_by="fps", video_fps=10.0, image_mode="pad", decoder="python")
+    with Decoder.from_settings(data, vision) as decoder:
+        (result,) = decoder.decode([MEDIA["h264"]])
+    frames = decode_frames(MEDIA["h264"].data, [0, 19, 39])  # more than 3 at 10 a second: from the first to the last
+    assert isinstance(result, np.ndarray)
+    for ours, frame in zip(result, frames, strict=True):
+        assert np.array_equal(ours, preprocess(Image.fromarray(frame), "pad", 56, MEAN, STD))
 
 
 def test_key_chooses_frames() -> None:
