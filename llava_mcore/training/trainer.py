@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llava_mcore.conversion.convert import load_hf_into, write_sidecars
+from llava_mcore.data.decode import Decoder
 from llava_mcore.data.errors import DatasetError
 from llava_mcore.data.loader import Step, StreamLoader
 from llava_mcore.data.plan import Planner
@@ -199,6 +200,8 @@ class Trainer:
         if parallel.pipeline > 1:
             self.say(pipeline_split.table(self.settings))
         if self.place.is_first:
+            with Decoder.from_settings(self.settings.data, self.settings.model.vision) as decoder:
+                self.say(f"data: {self.planner.describe()}; {decoder.describe()}")
             output = Path(self.settings.train.output_dir)
             output.mkdir(parents=True, exist_ok=True)
             (output / checkpoint_folder.SETTINGS).write_text(dump_yaml(self.settings), encoding="utf-8")
