@@ -15,8 +15,8 @@ other videos                         PyAV                            PyAV
 sounds                               PyAV                            PyAV
 ===================================  ==============================  ==============================
 
-A plain picture has 8 bits a channel, no palette and no transparency. DALI could decode VP8 and VP9 on a CPU too, but a damaged file
-ends the whole process there (2.4.0). What DALI refuses is tried once more the Python way, which then says what is wrong with it.
+A plain picture has 8 bits a channel, no palette and no transparency. DALI could decode VP8 and VP9 on a CPU too, but a damaged
+file ends the whole process there (2.4.0). What DALI refuses is tried once more the Python way, which then says what is wrong.
 """
 
 from __future__ import annotations
