@@ -10,14 +10,13 @@ medium                               dali on a CPU                   dali on a G
 ===================================  ==============================  ==============================
 JPEG, PNG, WebP: plain               DALI                            nvJPEG and DALI
 other pictures                       Pillow                          Pillow
-VP8, VP9                             DALI                            NVDEC
-H.264, HEVC, AV1                     PyAV                            NVDEC, where the chip can
+H.264, HEVC, VP8, VP9, AV1           PyAV                            NVDEC, where the chip can
 other videos                         PyAV                            PyAV
 sounds                               PyAV                            PyAV
 ===================================  ==============================  ==============================
 
-A plain picture has 8 bits a channel, no palette and no transparency. What DALI refuses is tried once more the Python way, which
-then says what is wrong with it.
+A plain picture has 8 bits a channel, no palette and no transparency. DALI could decode VP8 and VP9 on a CPU too, but a damaged
+file ends the whole process there (2.4.0). What DALI refuses is tried once more the Python way, which then says what is wrong.
 """
 
 from __future__ import annotations
@@ -44,7 +43,6 @@ from llava_mcore.settings.schema import DataSettings, VisionSettings
 Result = np.ndarray | SampleError
 # DALI works on a chunk as a whole, and a bad medium in it costs its neighbours a second attempt.
 PICTURES_IN_CHUNK, VIDEOS_IN_CHUNK = 8, 2
-CPU_VIDEO = frozenset({("vp8", "yuv420p"), ("vp9", "yuv420p")})
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,7 @@ class Decoder:
             raise DatasetError(
                 "DALI is not installed: install nvidia-dali-cuda130, or set data.decoder=python and data.decode_on=cpu"
             )
-        self._dali_video = CPU_VIDEO if gpu is None else nvdec_formats(_capability(gpu))
+        self._dali_video = frozenset() if gpu is None else nvdec_formats(_capability(gpu))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decoder")
         # On a CPU as many single-threaded pipelines as threads: no chunk waits for the slowest medium of another.
         self._pipelines: queue.SimpleQueue[Pipelines] = queue.SimpleQueue()
@@ -133,8 +131,11 @@ class Decoder:
         """Which decoders are used, for a log."""
         if self._version is None:
             return "pictures by Pillow, video and sound by PyAV, on the CPU"
-        where = "the CPU" if self._gpu is None else f"GPU {self._gpu}"
-        return f"pictures and video by DALI {self._version} on {where} where it can, else by Pillow and PyAV; sound by PyAV"
+        if self._gpu is None:
+            return f"pictures by DALI {self._version} where it can, else by Pillow, video and sound by PyAV, on the CPU"
+        return (
+            f"pictures and video by DALI {self._version} on GPU {self._gpu} where it can, else by Pillow and PyAV; sound by PyAV"
+        )
 
     def decode(self, requests: Sequence[Request]) -> list[Result]:
         """Decodes some media, whatever their kinds.

@@ -117,10 +117,12 @@ def _open(data: bytes) -> Iterator[Any]:
         with av.open(io.BytesIO(data), metadata_errors="replace") as container:
             if not container.format.name.startswith(CONTAINERS) or not container.streams.video:
                 raise SampleError(f"not a video: {looks_like(data)}")
+            if container.streams.video[0].codec_context is None:
+                raise SampleError(f"video is of an unknown codec ({looks_like(data)})")
             yield container
     except SampleError:
         raise
-    except (FFmpegError, ValueError, EOFError) as error:
+    except (FFmpegError, ValueError, ArithmeticError) as error:
         if data[4:8] == b"ftyp" and b"moov" not in data:
             raise SampleError("video has no moov atom: its end is missing, or it was never finished") from error
         raise SampleError(f"not a readable video ({looks_like(data)}: {error})") from error
@@ -148,7 +150,7 @@ def _scan(container: Any) -> tuple[VideoScan, list[Any]]:
     packets: list[Any] = []
     shown: list[tuple[int, int]] = []
     end = 0.0
-    audio = container.streams.audio[:1]
+    audio = [sound for sound in container.streams.audio[:1] if sound.codec_context is not None]
     sound = SoundLength(container, audio[0]) if audio else None
     for packet in container.demux(stream, *audio):
         if not packet.size:
