@@ -70,7 +70,7 @@ class Planner:
         total_samples: int | None = None,
     ) -> None:
         self.blend = blend
-        self._data, self._each, self.seed = data, embeddings_per_picture, seed
+        self._data, self.each, self.seed = data, embeddings_per_picture, seed
         self._batch, self._total = global_batch_size, total_samples
         self.window_steps = max(1, data.packing_window // global_batch_size) if data.packing else 1
         """Steps of a window."""
@@ -154,7 +154,7 @@ class Planner:
             indices = drawn.index[here]
             text, head = (column[indices].astype(np.int64) for column in (source.lengths.text, source.lengths.head))
             pictures[here] = count_pictures(source.dataset, indices, self._frames)
-            visual = pictures[here] * self._each
+            visual = pictures[here] * self.each
             lengths[here] = np.minimum(text + visual, capacity)
             left_out |= {n: source.lengths.rejected[int(drawn.index[n])] for n in here[text == 0].tolist()}
             crowded = (text > 0) & (visual > 0) & (head + visual > capacity)
