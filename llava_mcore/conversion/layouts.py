@@ -152,6 +152,8 @@ def recognise(source: Source) -> Layout:
     config = read_json(where)
     kind = kind_of(config, where)
     if kind in CLASSES:
+        if source.tower or source.projector:
+            raise ConversionError(f"{source.path}: holds a tower and a projector of its own; leave out --tower and --projector")
         told = as_llava(config, kind)
     else:
         told = _from_parts(config, kind, source)
