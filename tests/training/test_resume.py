@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -71,10 +72,10 @@ def start(settings: Settings, folder: Path, processes: int = 2) -> subprocess.Po
 def kill(process: subprocess.Popen[bytes]) -> None:
     """SIGKILL for the launcher and all below it: ranks, and the writers of a checkpoint."""
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        member.suspend()  # so that none sees another die
-    for member in family:
-        member.kill()
+    for act in ("suspend", "kill"):  # suspended first, so that none sees another die
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):  # a writer of a checkpoint that has just ended by itself
+                getattr(member, act)()
     psutil.wait_procs(family)
     process.wait()
 
