@@ -146,7 +146,8 @@ class Observer:
             "tokens_per_second": record.tokens / seconds,
             "padding": 1 - record.tokens / record.slots if record.slots else 0.0,
             "step_ms": 1000 * record.seconds,
-            "data_wait": record.waited / seconds,
+            # Ranks begin a process's first step at different times, so another's wait may be longer than this rank's step.
+            "data_wait": min(1.0, record.waited / seconds),
             "model_tflops": record.flops / seconds / 1e12,
         }
         if self._peak:
