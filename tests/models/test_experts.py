@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import oracle  # noqa: E402
 import ours  # noqa: E402
-from test_layouts import batches, difference, settings  # noqa: E402
+from test_layouts import batches, largest_differences, settings  # noqa: E402
 
 from llava_mcore.data.loader import Batch  # noqa: E402
 from llava_mcore.evaluation.inference import Inference  # noqa: E402
@@ -58,19 +58,7 @@ def alone() -> dict[str, Any]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_one_process(alone: dict[str, Any], layout: str) -> None:
     size, parallel = LAYOUTS[layout]
-    results = ranks(size).run(ours.train, experts(parallel), batches(), STEPS)
-    worst = {"loss": 0.0, "norm": 0.0, "gradients": 0.0, "weights": 0.0}
-    for result in results:
-        if result["last"]:
-            worst["loss"] = max(worst["loss"], difference(result["losses"], alone["losses"]))
-        worst["norm"] = max(worst["norm"], difference(result["norms"], alone["norms"]))
-    largest = max(float(tensor.abs().max()) for tensor in alone["gradients"].values())
-    for what, floor in (("gradients", 1e-3 * largest), ("weights", 1e-3)):
-        whole = ours.assemble([shard for result in results for shard in result[what]])
-        assert whole.keys() == alone[what].keys()
-        for name, tensor in whole.items():
-            expected = alone[what][name]
-            worst[what] = max(worst[what], float((tensor - expected).abs().max() / expected.abs().max().clamp(min=floor)))
+    worst = largest_differences(ranks(size).run(ours.train, experts(parallel), batches(), STEPS), alone)
     print(f"\n{layout} ({size}): " + ", ".join(f"{what} {value:.1e}" for what, value in worst.items()))
     assert max(worst.values()) < TOLERANCE, worst
 

@@ -116,20 +116,7 @@ def alone() -> dict[str, Any]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_one_process(alone: dict[str, Any], layout: str) -> None:
     size, parallel = LAYOUTS[layout]
-    results = ranks(size).run(ours.train, settings(parallel), batches(), STEPS)
-    worst = {"loss": 0.0, "norm": 0.0, "gradients": 0.0, "weights": 0.0}
-    for result in results:
-        if result["last"]:
-            worst["loss"] = max(worst["loss"], difference(result["losses"], alone["losses"]))
-        worst["norm"] = max(worst["norm"], difference(result["norms"], alone["norms"]))
-    largest = max(float(tensor.abs().max()) for tensor in alone["gradients"].values())
-    for what in ("gradients", "weights"):
-        whole = ours.assemble([shard for result in results for shard in result[what]])
-        assert whole.keys() == alone[what].keys()
-        floor = 1e-3 * largest if what == "gradients" else 1e-3
-        for name, tensor in whole.items():
-            expected = alone[what][name]
-            worst[what] = max(worst[what], float((tensor - expected).abs().max() / expected.abs().max().clamp(min=floor)))
+    worst = largest_differences(ranks(size).run(ours.train, settings(parallel), batches(), STEPS), alone)
     print(f"\n{layout} ({size}): " + ", ".join(f"{what} {value:.1e}" for what, value in worst.items()))
     assert max(worst.values()) < TOLERANCE, worst
 
@@ -189,6 +176,23 @@ def test_no_leak_between_samples(layout: str) -> None:
             moved += int((~same[inside]).sum())
             still += int((losses.numpy()[~inside] != 0).sum())
     assert moved > 0 and still > 0
+
+
+def largest_differences(results: list[dict[str, Any]], alone: dict[str, Any]) -> dict[str, float]:
+    """What the ranks' training gives against one process's (``alone``), relative to the largest value of each tensor."""
+    worst = {"loss": 0.0, "norm": 0.0, "gradients": 0.0, "weights": 0.0}
+    for result in results:
+        if result["last"]:
+            worst["loss"] = max(worst["loss"], difference(result["losses"], alone["losses"]))
+        worst["norm"] = max(worst["norm"], difference(result["norms"], alone["norms"]))
+    largest = max(float(tensor.abs().max()) for tensor in alone["gradients"].values())
+    for what, floor in (("gradients", 1e-3 * largest), ("weights", 1e-3)):
+        whole = ours.assemble([shard for result in results for shard in result[what]])
+        assert whole.keys() == alone[what].keys()
+        for name, tensor in whole.items():
+            expected = alone[what][name]
+            worst[what] = max(worst[what], float((tensor - expected).abs().max() / expected.abs().max().clamp(min=floor)))
+    return worst
 
 
 def difference(some: list[float], others: list[float]) -> float:
