@@ -26,6 +26,8 @@ setup(
         "sentencepiece>=0.2",
         "webdataset==1.0.2",
         "Pillow>=11",
+        "av>=18.1,<19",
+        "jinja2>=3.1",
         "PyYAML>=6.0",
         "hydra-core==1.3.8",
         "pydantic>=2.11,<3",
@@ -39,6 +41,7 @@ setup(
         "dev": [
             "transformers==5.23.0",
             "protobuf>=5",  # transformers reads tokenizer.model with it
+            "nvidia-dali-cuda130==2.4.0",  # 0.6 GB; decodes pictures on a CPU too, and is optional at run time
             "scikit-learn>=1.6",
             "matplotlib>=3.10",
             "pytest>=8",

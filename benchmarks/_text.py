@@ -13,7 +13,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
-from llava_mcore.data.shards import ShardWriter, build_index
+from llava_mcore.data.index import build_index
+from llava_mcore.data.shards import ShardWriter
 
 SPECIAL = ("<unk>", "<s>", "</s>", "<image>")
 PICTURE_SIDES = (320, 640)  # pixels, of a picture as it is stored; drawn evenly for each side

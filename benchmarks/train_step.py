@@ -30,8 +30,10 @@ from _common import Measure, alternate, run  # noqa: E402
 from _step import Ours, Sample, make_sample, packed, padded, pair, rows, settings_of  # noqa: E402
 from _text import make_shards, make_tokenizer  # noqa: E402
 
+from llava_mcore.data.lengths import build_lengths  # noqa: E402
 from llava_mcore.data.loader import StreamLoader  # noqa: E402
-from llava_mcore.data.shards import ShardDataset  # noqa: E402
+from llava_mcore.data.plan import Planner  # noqa: E402
+from llava_mcore.data.sources import open_blend  # noqa: E402
 from llava_mcore.data.tokenizer import load_tokenizer  # noqa: E402
 from llava_mcore.models.initialize import initialize  # noqa: E402
 from llava_mcore.models.llava import build_model  # noqa: E402
@@ -209,22 +211,18 @@ def over_text_only(quick: bool) -> Measure:
     settings.data = dataclasses.replace(settings.data, sequence_length=1024, image_mode="pad")
     runs: list[tuple[Ours, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer = load_tokenizer(make_tokenizer(Path(folder) / "tokenizer", model.language.vocab_size))
+        tokenizer_folder = make_tokenizer(Path(folder) / "tokenizer", model.language.vocab_size)
+        tokenizer = load_tokenizer(tokenizer_folder)
         for pictures in (True, False):
             each = model.vision.embeddings_per_image
             shards = make_shards(Path(folder) / str(pictures), words, pictures, model.language.vocab_size, each, seed=3)
             side = settings if pictures else _text_only(settings)
+            build_lengths(shards, tokenizer_folder, side.data.template)
+            data = dataclasses.replace(side.data, path=str(shards), packing_window=0)
+            blend = open_blend(data, tokenizer, 4, plan.loaded_samples)
+            planner = Planner(blend, data, each, seed=4, global_batch_size=plan.loaded_samples)
             loader = StreamLoader(
-                ShardDataset(shards),
-                tokenizer,
-                side.data,
-                model.vision,
-                model.image_token_id,
-                rank=0,
-                size=1,
-                seed=4,
-                global_batch_size=plan.loaded_samples,
-                micro_batch_size=1,
+                planner, tokenizer, data, model.vision, model.image_token_id, rank=0, size=1, micro_batch_size=1
             )
             runs.append((Ours(side, one_process(), text_only=not pictures), iter(loader)))
         seen: list[tuple[list[int], int]] = []

@@ -21,6 +21,8 @@ def problems(settings: Settings) -> list[str]:
     found = []
     for name, what, how in NEEDED:
         group, key = name.split(".")
+        if name == "data.path" and (settings.data.mixture or settings.data.mixture_file):
+            continue  # the trainer names what is missing of a mixture
         value = getattr(getattr(settings, group), key)
         if value is None:
             found.append(f"{name} is not set: give {what} with {name}=PATH ({how})")

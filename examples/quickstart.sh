@@ -44,6 +44,7 @@ else
     "$PYTHON" tools/prepare_data.py shard --input "$RUN/data/$part.json" --media "$RUN/data/media" --output "$RUN/shards/$part" --overwrite
   done
 fi
+"$PYTHON" tools/prepare_data.py index "$RUN/shards/train" --tokenizer "$RUN/data/tokenizer" --template vicuna_v1
 
 say "3/8 Held-out questions to the untrained model"
 evaluate untrained --untrained experiment=quickstart "${data[@]}"

@@ -14,9 +14,9 @@ import ranks  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Path:
     """40 samples: one picture, several, none."""
-    return material.make_shards(tmp_path_factory.mktemp("data") / "shards")
+    return material.make_shards(tmp_path_factory.mktemp("data") / "shards", tokenizer=tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,9 @@ import numpy as np
 import sentencepiece
 from PIL import Image
 
-from llava_mcore.data.shards import ShardWriter, build_index
+from llava_mcore.data.index import build_index
+from llava_mcore.data.lengths import build_lengths
+from llava_mcore.data.shards import ShardWriter
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "grey": (128, 128, 128)}
 QUESTIONS = ("Which colour is this?", "What is shown here?", "Name the colour of the picture.")
@@ -43,14 +45,16 @@ def sample(number: int, rng: random.Random) -> tuple[dict, list[tuple[str, bytes
     return record, [("png", picture(colour, rng)) for colour in colours]
 
 
-def make_shards(folder: Path, count: int = 40, seed: int = 0) -> Path:
-    """``count`` samples in several shards, indexed."""
+def make_shards(folder: Path, count: int = 40, seed: int = 0, tokenizer: Path | None = None) -> Path:
+    """``count`` samples in several shards, indexed; with a tokenizer, their lengths too."""
     rng = random.Random(seed)
     with ShardWriter(folder, samples_per_shard=16) as writer:
         for number in range(count):
             record, pictures = sample(number, rng)
             writer.write(record["id"], record, pictures)
     build_index(folder)
+    if tokenizer is not None:
+        build_lengths(folder, tokenizer, "vicuna_v1")
     return folder
 
 

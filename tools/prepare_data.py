@@ -2,9 +2,12 @@
 """Makes datasets and checks them.
 
     python tools/prepare_data.py shard --input data.json --media images/ --output shards/
-    python tools/prepare_data.py index shards/
+    python tools/prepare_data.py index shards/ --tokenizer vicuna/ --template vicuna_v1
     python tools/prepare_data.py lint shards/
     python tools/prepare_data.py lint data.json --media images/ --tokenizer vicuna/ --sequence-length 2048
+    python tools/prepare_data.py preview shards/ --tokenizer vicuna/ --output preview.html
+    python tools/prepare_data.py info shards/
+    python tools/prepare_data.py quarantine runs/mine/quarantine.jsonl --list leave_out.json --from-sample 200000
 
 Exit code 0: all well; 1: problems, each on a line of its own; 2: wrong usage.
 """
@@ -18,8 +21,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from llava_mcore.data import prepare  # noqa: E402
+from llava_mcore.data.conversation import Rendering  # noqa: E402
 from llava_mcore.data.errors import DatasetError  # noqa: E402
-from llava_mcore.data.shards import ShardDataset, build_index  # noqa: E402
+from llava_mcore.data.index import build_index, is_current  # noqa: E402
+from llava_mcore.data.lengths import OPTIONS, Lengths, build_lengths, summary  # noqa: E402
+from llava_mcore.data.shards import INDEX_DIR, UNREADABLE_FILE, ShardDataset  # noqa: E402
+from llava_mcore.data.storage import open_storage  # noqa: E402
+
+SHOWN = 10  # samples that are named on the screen; a file has them all
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,8 +44,37 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     shard.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
     shard.add_argument("--skip-bad", action="store_true", help="leave bad samples out instead of failing")
 
-    index = commands.add_parser("index", help="(re)build the index of a folder of webdataset shards")
-    index.add_argument("folder")
+    index = commands.add_parser("index", help="(re)build the index of webdataset shards, and the lengths of their texts")
+    index.add_argument("folder", help="the dataset; its index goes there")
+    index.add_argument("--root", help="where the shards are, if not in the folder: any URL that fsspec opens")
+    index.add_argument("--tokenizer", help="also tokenise every text: a run is planned from the lengths")
+    index.add_argument("--template", choices=prepare.template_names(), default="vicuna_v1", help="that the run will use")
+    index.add_argument("--system-prompt", help="as data.system_prompt of the run")
+    index.add_argument("--image-start-token", default="", help="as data.image_start_token of the run")
+    index.add_argument("--image-end-token", default="", help="as data.image_end_token of the run")
+    index.add_argument("--processes", type=int, help="processes that share the work (default: one a core)")
+    index.add_argument("--force", action="store_true", help="build the index anew even if no shard has changed")
+
+    info = commands.add_parser("info", help="say what a dataset of shards holds")
+    info.add_argument("folder")
+
+    preview = commands.add_parser("preview", help="an HTML page of samples as the model will see them")
+    preview.add_argument("folder")
+    preview.add_argument("--output", required=True, help="file to write")
+    preview.add_argument("--tokenizer", required=True)
+    preview.add_argument("--samples", type=int, default=20, help="how many, spread evenly over the dataset")
+    preview.add_argument(
+        "--settings",
+        nargs="+",
+        metavar="key=value",
+        default=["experiment=finetune_llava_7b"],
+        help="of the run: experiment=NAME, data.template=..., ... (default: %(default)s)",
+    )
+
+    quarantine = commands.add_parser("quarantine", help="make a list of samples to leave out from a run's quarantine log")
+    quarantine.add_argument("log", help="quarantine.jsonl of a run")
+    quarantine.add_argument("--list", required=True, help="list to begin or to add a version to (data.quarantine)")
+    quarantine.add_argument("--from-sample", type=int, default=0, help="position of the order from which they are left out")
 
     lint = commands.add_parser("lint", help="say what is wrong with a dataset, sample by sample")
     lint.add_argument("source", help="a folder of shards, or a LLaVA .json or .jsonl")
@@ -82,14 +120,65 @@ def run_shard(arguments: argparse.Namespace) -> int:
 
 def run_index(arguments: argparse.Namespace) -> int:
     """The command ``index``."""
-    total = sum(path.stat().st_size for path in Path(arguments.folder).glob("*.tar"))
-    with bar(total, "B") as progress:
-        build_index(arguments.folder, progress.update)
+    storage = open_storage(arguments.root or arguments.folder)
+    total = sum(storage.sizes().values())
+    if arguments.force or not is_current(arguments.folder, arguments.root):
+        with bar(total, "B") as progress:
+            build_index(arguments.folder, progress.update, root=arguments.root, processes=arguments.processes)
     dataset = ShardDataset(arguments.folder)
     print(f"{arguments.folder}: {len(dataset)} samples in {len(dataset.shards)} shards")
     if dataset.ignored_members:
         listed = ", ".join(f"{count} x .{name}" for name, count in sorted(dataset.ignored_members.items()))
         print(f"members of kinds that are not read: {listed}")
+    if dataset.unreadable:
+        print(f"media that cannot be read: {dataset.unreadable}, named in {dataset.path / INDEX_DIR / UNREADABLE_FILE}")
+    if arguments.tokenizer:
+        with bar(len(dataset), "sample") as progress:
+            how = Rendering(**{name: getattr(arguments, name) for name in OPTIONS})
+            lengths = build_lengths(arguments.folder, arguments.tokenizer, how, progress.update, arguments.processes)
+        _say_lengths(dataset, lengths)
+    return 0
+
+
+def _say_lengths(dataset: ShardDataset, lengths: Lengths) -> None:
+    counts = summary(lengths)
+    print(
+        f"text of {counts['samples']:,} samples: {counts['tokens']:,} tokens; median {counts['median']}, 90 % {counts['p90']}, "
+        f"99 % {counts['p99']}, longest {counts['longest']}; {counts['rejected']} samples make no conversation and are left out"
+    )
+    for index, reason in list(lengths.rejected.items())[:SHOWN]:
+        print(f"  left out: {dataset.name(index)}: {reason}")
+
+
+def run_info(arguments: argparse.Namespace) -> int:
+    """The command ``info``."""
+    for line in prepare.describe(ShardDataset(arguments.folder)):
+        print(line)
+    return 0
+
+
+def run_preview(arguments: argparse.Namespace) -> int:
+    """The command ``preview``."""
+    from llava_mcore.data.preview import write_preview
+    from llava_mcore.data.tokenizer import load_tokenizer
+    from llava_mcore.settings.compose import SettingsError, compose
+
+    try:
+        settings = compose(arguments.settings)
+    except SettingsError as error:
+        print(f"prepare_data: {error}", file=sys.stderr)
+        return 1
+    shown = write_preview(
+        Path(arguments.output), ShardDataset(arguments.folder), load_tokenizer(arguments.tokenizer), settings, arguments.samples
+    )
+    print(f"{arguments.output}: {shown} samples")
+    return 0
+
+
+def run_quarantine(arguments: argparse.Namespace) -> int:
+    """The command ``quarantine``."""
+    new = prepare.quarantine(Path(arguments.log), Path(arguments.list), arguments.from_sample)
+    print(f"{arguments.list}: {new} samples more, from sample {arguments.from_sample} of the order on; set data.quarantine to it")
     return 0
 
 
@@ -119,7 +208,14 @@ def run_lint(arguments: argparse.Namespace) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = parse(argv)
-    commands = {"shard": run_shard, "index": run_index, "lint": run_lint}
+    commands = {
+        "shard": run_shard,
+        "index": run_index,
+        "lint": run_lint,
+        "info": run_info,
+        "preview": run_preview,
+        "quarantine": run_quarantine,
+    }
     try:
         return commands[arguments.command](arguments)
     except DatasetError as error:

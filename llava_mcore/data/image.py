@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
 
 from llava_mcore.data.errors import SampleError
+from llava_mcore.data.probe import MAX_PIXELS
 
-# A picture of more pixels than this is a mistake or an attack (Pillow's own limit, where it only warns): 268 MB decoded.
-MAX_PIXELS = 89_478_485
 # `square` enlarges before it crops, and a strip of 1 x 100,000 would become a giant.
 MAX_RESIZED_PIXELS = 2 * MAX_PIXELS
 
@@ -42,7 +42,8 @@ def open_rgb(data: bytes) -> Image.Image:
     """Decodes a picture to RGB.
 
     Like transformers (and unlike LLaVA's own ``convert("RGB")``, which shows whatever colour hides under full transparency)
-    transparent pixels are laid on white. EXIF rotation is not applied, as in both.
+    transparent pixels are laid on white. EXIF rotation is not applied, as in both. Gray of 16 bits is clipped at 255,
+    as in transformers.
 
     Raises:
         SampleError: the bytes are no picture, are cut short, or the picture is too large.
@@ -69,6 +70,18 @@ def _pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
     return square
 
 
+def resized(width: int, height: int, image_size: int) -> tuple[int, int]:
+    """Width and height after the short side has become ``image_size``; the long one is cut to whole pixels, as in transformers.
+
+    Raises:
+        SampleError: the long side would become absurd.
+    """
+    long = int(image_size * max(width, height) / min(width, height))
+    if long * image_size > MAX_RESIZED_PIXELS:
+        raise SampleError(f"picture of {width} x {height} pixels is too narrow to resize; use data.image_mode=pad")
+    return (image_size, long) if width <= height else (long, image_size)
+
+
 def preprocess(image: Image.Image, mode: str, image_size: int, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """Resizes, crops and normalises.
 
@@ -86,15 +99,19 @@ def preprocess(image: Image.Image, mode: str, image_size: int, mean: Sequence[fl
         image = _pad_to_square(image, mean)
     elif mode != "square":
         raise ValueError(f"unknown image mode {mode!r}: pad and square are known")
-    short, long = min(image.size), max(image.size)
-    resized_long = int(image_size * long / short)
-    if resized_long * image_size > MAX_RESIZED_PIXELS:
-        raise SampleError(f"picture of {image.width} x {image.height} pixels is too narrow to resize; use data.image_mode=pad")
-    size = (image_size, resized_long) if image.width <= image.height else (resized_long, image_size)
-    image = image.resize(size, resample=Image.Resampling.BICUBIC)
+    image = image.resize(resized(image.width, image.height, image_size), resample=Image.Resampling.BICUBIC)
     left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
     pixels = np.asarray(image.crop((left, top, left + image_size, top + image_size)))
+    table = _normalised(tuple(mean), tuple(std))
+    result = np.empty((3, image_size, image_size), dtype=np.float32)
+    for channel in range(3):
+        np.take(table[channel], pixels[:, :, channel], out=result[channel])
+    return result
+
+
+@lru_cache(maxsize=8)
+def _normalised(mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """What each of 256 values becomes in each channel, float32 [3, 256]."""
     # The order of operations and of types is transformers', to the last bit: scale in float64, normalise in float32.
-    scaled = (pixels.astype(np.float64) * (1 / 255)).astype(np.float32)
-    normalised = (scaled - np.asarray(mean, dtype=np.float32)) / np.asarray(std, dtype=np.float32)
-    return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+    scaled = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+    return (scaled - np.asarray(mean, dtype=np.float32)[:, None]) / np.asarray(std, dtype=np.float32)[:, None]

@@ -1,8 +1,7 @@
 """The loader: what every data-parallel rank computes on, step by step.
 
-A step is ``global_batch_size`` samples at consecutive positions of the order. Every rank reads their text, packs them and deals
-the streams, all as a function of settings and position; then it decodes the pictures of its own streams only. So the samples of a
-step, and which of them share a stream, are the same for any number of ranks, and a position is all there is to save.
+The plan says which samples a step holds and which share a stream. Here the streams are dealt to ranks by cost, and a rank reads,
+tokenises and decodes its own samples and no other's: bytes first, ``data.read_ahead`` steps before their turn.
 
 Shape suffixes: T tokens of a micro-batch, E its image embeddings, N its pictures, C H W a picture.
 """
@@ -11,25 +10,27 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llava_mcore.data.conversation import IGNORE, EncodedSample, encode_conversation
+from llava_mcore.data.account import Account
+from llava_mcore.data.conversation import IGNORE, EncodedSample
+from llava_mcore.data.decode import Decoder, Request
 from llava_mcore.data.errors import DatasetError, SampleError
-from llava_mcore.data.image import open_rgb, preprocess
-from llava_mcore.data.order import sample_at
-from llava_mcore.data.packing import Stream, deal, pack
-from llava_mcore.data.shards import ShardDataset
+from llava_mcore.data.lengths import command_of
+from llava_mcore.data.packing import Cost, Stream, deal
+from llava_mcore.data.plan import PlannedSample, Planner, StepPlan, bad_sample
+from llava_mcore.data.quarantine import BadSample
+from llava_mcore.data.sample import Reading, requests_of
 from llava_mcore.data.tokenizer import Tokenizer
 from llava_mcore.settings.schema import DataSettings, VisionSettings
 
-STATE_VERSION = 1
 PAD_ID = 0
 
 
@@ -62,16 +63,36 @@ class Step:
     slots: int
     pictures: int
     sample_lengths: list[int]  # real samples of all ranks, without padding
-    bad: list[str] = field(default_factory=list)  # samples that this rank reports; over all ranks each one is reported once
+    bad: list[BadSample] = field(default_factory=list)  # that failed on this rank, and were masked out
+    left_out: list[BadSample] = field(default_factory=list)  # that the plan leaves out; reported by the first rank
+    account: Account = field(default_factory=Account)  # of what this rank reports
 
 
-@dataclass
-class _Planned:
-    """A sample of a step, tokenised but not decoded."""
+@dataclass(frozen=True)
+class Piece:
+    """One sample ready to be laid into a stream: L tokens, E image embeddings, n pictures."""
 
-    index: int
+    input_ids_L: np.ndarray  # int64
+    labels_L: np.ndarray  # int64, pre-shifted
+    image_slots_E: np.ndarray  # int64, from the start of the sample
+    pixels_nCHW: np.ndarray  # float32
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """A sample that was read and tokenised, but not decoded."""
+
     tokens: EncodedSample
-    pictures: int
+    requests: list[Request]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A step whose bytes are on their way."""
+
+    plan: StepPlan
+    ranks: list[list[Stream]]
+    raw: dict[int, Future[_Raw | SampleError]]  # by the sample's number in the plan
 
 
 class _Stopped(Exception):
@@ -79,27 +100,25 @@ class _Stopped(Exception):
 
 
 class StreamLoader:
-    """Endless (or ``total_samples`` long) sequence of steps for one data-parallel rank.
+    """The steps of a run for one data-parallel rank.
 
     Args:
-        dataset: where samples come from.
+        planner: says what the steps are.
         tokenizer: makes ids.
-        data: template, picture mode, stream length, packing, shuffling, threads.
+        data: template, picture mode, stream length, threads.
         vision: size of pictures and embeddings each becomes.
         image_token_id: id written at every image embedding.
         rank: data-parallel rank.
         size: data-parallel size.
-        seed: of the order.
-        global_batch_size: samples of a step, over all ranks.
         micro_batch_size: streams of a batch.
         batches_multiple: each rank gets a multiple of this number of batches.
-        total_samples: samples of the whole run, from step 0; the last step may be short. None: endless.
+        cost: of a sample, for dealing streams to ranks evenly; None: about a 7B model's, pictures not counted.
         start_step: first step to give.
     """
 
     def __init__(
         self,
-        dataset: ShardDataset,
+        planner: Planner,
         tokenizer: Tokenizer,
         data: DataSettings,
         vision: VisionSettings,
@@ -107,64 +126,19 @@ class StreamLoader:
         *,
         rank: int,
         size: int,
-        seed: int,
-        global_batch_size: int,
         micro_batch_size: int,
         batches_multiple: int = 1,
-        total_samples: int | None = None,
+        cost: Cost | None = None,
         start_step: int = 0,
     ) -> None:
         if not 0 <= rank < size:
             raise ValueError(f"rank {rank} is outside of 0..{size - 1}")
-        self._dataset, self._tokenizer, self._data, self._vision = dataset, tokenizer, data, vision
-        self._image_token_id = image_token_id
-        self._rank, self._size, self._seed = rank, size, seed
-        self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
-        self._batches_multiple = batches_multiple
-        self._total_samples, self._start_step = total_samples, start_step
-
-    # ---- position ----
-
-    def state_dict(self, step: int) -> dict[str, Any]:
-        """The position after ``step`` finished steps, and what it was counted in."""
-        return {
-            "version": STATE_VERSION,
-            "step": step,
-            "dataset": self._dataset.digest,
-            "num_samples": len(self._dataset),
-            "seed": self._seed,
-            "shuffle": self._data.shuffle,
-            "global_batch_size": self._global_batch_size,
-        }
-
-    def check_state(self, state: dict[str, Any]) -> None:
-        """Refuses a position that was counted in other data or another order.
-
-        Raises:
-            DatasetError: names everything that differs.
-        """
-        now = self.state_dict(0)
-        names = {
-            "version": "format of the data position",
-            "dataset": "index of the shards (digest)",
-            "num_samples": "samples in the dataset",
-            "seed": "train.seed",
-            "shuffle": "data.shuffle",
-            "global_batch_size": "train.global_batch_size",
-        }
-        differing = [
-            f"{what}: {state.get(name)!r} in the checkpoint, {now[name]!r} now"
-            for name, what in names.items()
-            if state.get(name) != now[name]
-        ]
-        if differing:
-            raise DatasetError(
-                "the data position of the checkpoint does not fit: "
-                + "; ".join(differing)
-                + ". Set them back, or start a new run from its weights with train.init_from and another train.output_dir"
-            )
-
-    # ---- iteration ----
+        self.planner = planner
+        self._data, self._vision = data, vision
+        self._reading = Reading.from_settings(tokenizer, data, vision, image_token_id)
+        self._rank, self._size = rank, size
+        self._micro_batch_size, self._batches_multiple = micro_batch_size, batches_multiple
+        self._cost, self._start_step = cost or Cost(), start_step
 
     def __iter__(self) -> Iterator[Step]:
         """Steps, made ready ahead by a thread that ends when the iterator is closed."""
@@ -190,12 +164,17 @@ class StreamLoader:
                     continue
             raise _Stopped
 
-        pool = ThreadPoolExecutor(self._data.decode_threads, thread_name_prefix="stream-loader")
+        readers = ThreadPoolExecutor(self._data.read_threads, thread_name_prefix="stream-loader-read")
+        decoder: Decoder | None = None
         try:
-            step = self._start_step
-            while self._total_samples is None or step * self._global_batch_size < self._total_samples:
-                put(self._step(step, pool))
-                step += 1
+            decoder = Decoder.from_settings(self._data, self._vision)
+            reading: deque[_Work] = deque()
+            step, steps = self._start_step, self.planner.steps
+            while reading or steps is None or step < steps:
+                while len(reading) <= self._data.read_ahead and (steps is None or step < steps):
+                    reading.append(self._read_step(step, readers))
+                    step += 1
+                put(self._build(reading.popleft(), decoder))
             put(None)
         except _Stopped:
             pass
@@ -205,110 +184,96 @@ class StreamLoader:
             except _Stopped:
                 pass
         finally:
-            pool.shutdown(cancel_futures=True)
+            readers.shutdown(cancel_futures=True)
+            if decoder is not None:
+                decoder.close()
 
     # ---- one step ----
 
-    def _step(self, step: int, pool: Executor) -> Step:
-        """Plans a step as every rank does, then builds this rank's batches."""
-        samples, bad = self._plan(step, pool)
-        lengths = [len(sample.tokens.input_ids) for sample in samples]
-        capacity = self._data.sequence_length
-        streams = pack(lengths, capacity) if self._data.packing else [[number] for number in range(len(samples))]
-        ranks = deal(streams, lengths, self._size, self._micro_batch_size * self._batches_multiple)
-        mine = ranks[self._rank]
-        decoded, failed = self._decode([samples[number] for stream in mine for number in stream], pool)
-        batches = [
-            self._batch(mine[first : first + self._micro_batch_size], samples, decoded)
-            for first in range(0, len(mine), self._micro_batch_size)
-        ]
+    def _read_step(self, step: int, readers: ThreadPoolExecutor) -> _Work:
+        """Deals a step's streams and begins to read this rank's samples."""
+        plan = self.planner.step(step)
+        costs = [self._cost.of(sample.length, sample.pictures) for sample in plan.samples]
+        ranks = deal(plan.streams, costs, self._size, self._micro_batch_size * self._batches_multiple)
+        mine = [number for stream in ranks[self._rank] for number in stream]
+        return _Work(plan, ranks, {number: readers.submit(self._read, plan.samples[number]) for number in mine})
+
+    def _read(self, sample: PlannedSample) -> _Raw | SampleError:
+        """Reads and tokenises a sample."""
+        dataset = self.planner.blend.sources[sample.source].dataset
+        try:
+            record = dataset.read_record(sample.index)
+            requests = requests_of(dataset, sample.index, self.planner.seed, sample.epoch)
+            tokens = truncate(self._reading.encode(dataset, sample.index, record), self._data.sequence_length)
+        except SampleError as error:
+            return error
+        if len(tokens.input_ids) != sample.length:
+            raise DatasetError(
+                f"{dataset.path}, {dataset.name(sample.index)} has {len(tokens.input_ids)} tokens where the index says "
+                f"{sample.length}; build it anew: `{command_of(dataset.path, 'TOKENIZER', self._reading.how)} --force`"
+            )
+        return _Raw(tokens, requests)
+
+    def _build(self, work: _Work, decoder: Decoder) -> Step:
+        """This rank's batches of a step."""
+        plan, mine = work.plan, work.ranks[self._rank]
+        read = {number: future.result() for number, future in work.raw.items()}
+        requests = [request for raw in read.values() if isinstance(raw, _Raw) for request in raw.requests]
+        decoded = iter(decoder.decode(requests))
+        pieces: dict[int, Piece] = {}
+        bad: list[BadSample] = []
+        account = Account()
+        for number, raw in read.items():
+            sample = plan.samples[number]
+            pixels = [next(decoded) for _ in raw.requests] if isinstance(raw, _Raw) else []
+            pieces[number], reason = self._piece(sample, raw, pixels)
+            account.add(sample.source, sample.epoch, [sample.index])
+            if reason is not None:
+                bad.append(bad_sample(self.planner.blend, sample, reason, number))
+        left_out = plan.left_out if self._rank == 0 else []
+        for sample, _ in left_out:
+            account.add(sample.source, sample.epoch, [sample.index])
+        capacity, side = self._data.sequence_length, self._vision.image_size
         return Step(
-            index=step,
-            batches=batches,
-            samples=len(samples),
-            real_tokens=sum(lengths),
-            slots=sum(len(rank) for rank in ranks) * capacity,
-            pictures=sum(sample.pictures for sample in samples),
-            sample_lengths=lengths,
-            bad=(bad if self._rank == 0 else []) + failed,
+            index=plan.index,
+            batches=[
+                lay_out(
+                    [[pieces[number] for number in stream] for stream in mine[at : at + self._micro_batch_size]], capacity, side
+                )
+                for at in range(0, len(mine), self._micro_batch_size)
+            ],
+            samples=len(plan.samples),
+            real_tokens=sum(sample.length for sample in plan.samples),
+            slots=sum(len(rank) for rank in work.ranks) * capacity,
+            pictures=sum(sample.pictures for sample in plan.samples),
+            sample_lengths=[sample.length for sample in plan.samples],
+            bad=bad,
+            left_out=[bad_sample(self.planner.blend, sample, reason) for sample, reason in left_out],
+            account=account,
         )
 
-    def _plan(self, step: int, pool: Executor) -> tuple[list[_Planned], list[str]]:
-        """The usable samples of a step, tokenised, and the names of the others. The same on every rank."""
-        first = step * self._global_batch_size
-        last = first + self._global_batch_size
-        if self._total_samples is not None:
-            last = min(last, self._total_samples)
-        _, indices = sample_at(np.arange(first, last), len(self._dataset), self._seed, self._data.shuffle)
-        planned, bad = [], []
-        for sample in pool.map(self._tokenize, indices.tolist()):
-            if isinstance(sample, _Planned):
-                planned.append(sample)
-            else:
-                bad.append(sample)
-        return planned, bad
+    def _piece(
+        self, sample: PlannedSample, raw: _Raw | SampleError, pixels: Sequence[np.ndarray | SampleError]
+    ) -> tuple[Piece, str | None]:
+        """A sample as it goes into its stream, and what is wrong with it, if anything is.
 
-    def _tokenize(self, index: int) -> _Planned | str:
-        """One sample's tokens, or why there are none."""
-        pictures = self._dataset.num_pictures(index)
-        try:
-            tokens = encode_conversation(
-                self._dataset.read_record(index).get("conversations"),
-                self._tokenizer,
-                self._data.template,
-                num_images=pictures,
-                image_tokens_each=self._vision.embeddings_per_image,
-                image_token_id=self._image_token_id,
-            )
-            return _Planned(index, truncate(tokens, self._data.sequence_length), pictures)
-        except SampleError as error:
-            return f"{self._dataset.name(index)}: {error.reason}"
-
-    def _decode(self, samples: Sequence[_Planned], pool: Executor) -> tuple[dict[int, np.ndarray | None], list[str]]:
-        """Pixels of every sample that has pictures, None where they cannot be had, and the names of those."""
-        # A short last epoch or a tiny dataset may hold a sample twice in one step; it is decoded once.
-        wanted = list(dict.fromkeys(sample.index for sample in samples if sample.pictures))
-        pixels: dict[int, np.ndarray | None] = {}
-        reasons: dict[int, str] = {}
-        for index, result in zip(wanted, pool.map(self._pixels, wanted), strict=True):
-            pixels[index] = result if isinstance(result, np.ndarray) else None
-            if not isinstance(result, np.ndarray):
-                reasons[index] = result
-        failed = [f"{self._dataset.name(s.index)}: {reasons[s.index]}" for s in samples if s.index in reasons]
-        return pixels, failed
-
-    def _pixels(self, index: int) -> np.ndarray | str:
-        """One sample's pictures [n, 3, S, S], or why there are none."""
-        try:
-            return read_pixels(self._dataset, index, self._data, self._vision.image_size)
-        except SampleError as error:
-            return error.reason
-
-    def _batch(self, streams: Sequence[Stream], samples: Sequence[_Planned], pixels: dict[int, np.ndarray | None]) -> Batch:
-        """One micro-batch of planned samples."""
+        What cannot be read or decoded keeps its planned place, and teaches nothing.
+        """
         side = self._vision.image_size
-
-        def piece(sample: _Planned) -> Piece:
-            tokens, seen = sample.tokens, pixels.get(sample.index)
-            if not sample.pictures:
-                seen = np.empty((0, 3, side, side), dtype=np.float32)
-            if seen is not None:
-                return Piece(tokens.input_ids, tokens.labels, tokens.image_slots, seen)
-            # What cannot be decoded keeps its planned place, and teaches nothing.
-            blank = np.zeros((sample.pictures, 3, side, side), dtype=np.float32)
-            return Piece(tokens.input_ids, np.full_like(tokens.labels, IGNORE), tokens.image_slots, blank)
-
-        return lay_out([[piece(samples[number]) for number in stream] for stream in streams], self._data.sequence_length, side)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One sample ready to be laid into a stream: L tokens, E image embeddings, n pictures."""
-
-    input_ids_L: np.ndarray  # int64
-    labels_L: np.ndarray  # int64, pre-shifted
-    image_slots_E: np.ndarray  # int64, from the start of the sample
-    pixels_nCHW: np.ndarray  # float32
+        nothing = np.full(sample.length, IGNORE, dtype=np.int64)
+        if isinstance(raw, SampleError):
+            ids, none = np.full(sample.length, PAD_ID, dtype=np.int64), np.empty((0, 3, side, side), dtype=np.float32)
+            return Piece(ids, nothing, nothing[:0], none), raw.reason
+        tokens = raw.tokens
+        failed = [result.reason for result in pixels if isinstance(result, SampleError)]
+        seen = np.zeros((sample.pictures, 3, side, side), dtype=np.float32)
+        if not failed and pixels:
+            seen = np.concatenate([result.reshape(-1, 3, side, side) for result in pixels if isinstance(result, np.ndarray)])
+        if len(seen) != sample.pictures:
+            failed = [f"gives {len(seen)} pictures and frames where the index says {sample.pictures}"]
+            seen = np.zeros((sample.pictures, 3, side, side), dtype=np.float32)
+        labels = nothing if failed else tokens.labels
+        return Piece(tokens.input_ids, labels, tokens.image_slots, seen), failed[0] if failed else None
 
 
 def lay_out(streams: Sequence[Sequence[Piece]], capacity: int, image_size: int) -> Batch:
@@ -348,19 +313,6 @@ def lay_out(streams: Sequence[Sequence[Piece]], capacity: int, image_size: int) 
         loss_tokens=int((labels != IGNORE).sum()),
         real_tokens=real_tokens,
     )
-
-
-def read_pixels(dataset: ShardDataset, index: int, data: DataSettings, image_size: int) -> np.ndarray:
-    """A sample's pictures as the model sees them, float32 [n, 3, image_size, image_size].
-
-    Raises:
-        SampleError: one of them cannot be decoded.
-    """
-    pictures = [
-        preprocess(open_rgb(picture), data.image_mode, image_size, data.image_mean, data.image_std)
-        for picture in dataset.read_pictures(index)
-    ]
-    return np.stack(pictures) if pictures else np.empty((0, 3, image_size, image_size), dtype=np.float32)
 
 
 def truncate(tokens: EncodedSample, length: int) -> EncodedSample:

@@ -8,14 +8,29 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from llava_mcore.geometry import round_up
 
-# Length at which attention costs a decoder as much as its linear layers do (about 12 times the width, here that of a 7B model).
-# It only weighs the dealing: a wrong guess costs some balance and changes no number.
-ATTENTION_LENGTH = 12 * 4096
-
 Stream = list[int]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a sample costs to compute, in decoder tokens. It only weighs the dealing: a wrong guess changes no number.
+
+    Attributes:
+        attention_length: length at which attention costs a decoder as much as its linear layers; about 12 times its width, as
+            by default of a 7B model.
+        picture: tokens through the decoder that cost as much as one picture through the tower.
+    """
+
+    attention_length: float = 12 * 4096
+    picture: float = 0.0
+
+    def of(self, length: int, pictures: int) -> float:
+        """Cost of a sample of so many tokens and pictures."""
+        return length + length * length / self.attention_length + pictures * self.picture
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[Stream]:
@@ -54,29 +69,29 @@ def pack(lengths: Sequence[int], capacity: int) -> list[Stream]:
     return sorted(sorted(stream) for stream in streams)
 
 
-def deal(streams: Sequence[Stream], lengths: Sequence[int], size: int, micro_batch_size: int) -> list[list[Stream]]:
+def deal(streams: Sequence[Stream], costs: Sequence[float], size: int, multiple: int) -> list[list[Stream]]:
     """Deals streams to data-parallel ranks.
 
-    Every rank gets the same number, a multiple of ``micro_batch_size`` and not zero; empty streams fill up. The costliest go
-    first, to the rank with the least to do, and stay in that order, so that ranks also keep pace within a step.
+    Every rank gets the same number, a multiple of ``multiple`` and not zero; empty streams fill up. The costliest go first, to
+    the rank with the least to do (Graham's LPT rule), and stay in that order, so that ranks also keep pace within a step.
 
     Args:
         streams: indices of the samples of each stream.
-        lengths: tokens of each sample.
+        costs: of each sample.
         size: number of ranks.
-        micro_batch_size: streams of one forward pass.
+        multiple: streams of one forward pass, and of as many passes as must go together.
 
     Returns:
         For every rank its streams.
     """
-    per_rank = max(1, round_up(len(streams), size * micro_batch_size) // (size * micro_batch_size)) * micro_batch_size
+    per_rank = max(1, round_up(len(streams), size * multiple) // (size * multiple)) * multiple
     filled = [*streams, *([[]] * (per_rank * size - len(streams)))]
-    costs = [sum(lengths[index] + lengths[index] ** 2 / ATTENTION_LENGTH for index in stream) for stream in filled]
+    sums = [sum(costs[index] for index in stream) for stream in filled]
     ranks: list[list[Stream]] = [[] for _ in range(size)]
     loads = [(0.0, rank) for rank in range(size)]
-    for number in sorted(range(len(filled)), key=lambda number: (-costs[number], number)):
+    for number in sorted(range(len(filled)), key=lambda number: (-sums[number], number)):
         load, rank = heapq.heappop(loads)
         ranks[rank].append(list(filled[number]))
         if len(ranks[rank]) < per_rank:
-            heapq.heappush(loads, (load + costs[number], rank))
+            heapq.heappush(loads, (load + sums[number], rank))
     return ranks

@@ -15,10 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llava_mcore.data.conversation import TEMPLATES, encode_conversation, render
 from llava_mcore.data.errors import DatasetError, SampleError
 from llava_mcore.data.image import open_rgb, picture_info
-from llava_mcore.data.shards import ShardDataset, ShardWriter, build_index
+from llava_mcore.data.index import build_index
+from llava_mcore.data.quarantine import append_version
+from llava_mcore.data.shards import EXTENSIONS as EXTENSIONS_READ
+from llava_mcore.data.shards import FAMILIES, INDEX_DIR, PICTURE, ShardDataset, ShardWriter
 from llava_mcore.data.tokenizer import Tokenizer
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -341,6 +346,45 @@ def lint_shards(folder: str | Path, check: TokenCheck | None = None, progress: P
             if progress is not None:
                 progress(1)
     return report
+
+
+def quarantine(log: Path, listed: Path, from_sample: int) -> int:
+    """Adds the samples of a run's quarantine log to a list of those to leave out; returns how many are new.
+
+    Raises:
+        DatasetError: the log or the list cannot be read, or a dataset of the log is gone.
+    """
+    try:
+        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        digests = {name: ShardDataset(name).digest for name in {line["dataset"] for line in lines}}
+        samples = [(digests[line["dataset"]], line["shard"], line["key"]) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DatasetError(f"{log} is no quarantine log that can be used ({error})") from error
+    return append_version(listed, from_sample, samples)
+
+
+def describe(dataset: ShardDataset) -> list[str]:
+    """What a dataset holds, in lines."""
+    columns = dataset.columns
+    kinds = np.bincount(columns["component_kind"], minlength=len(EXTENSIONS_READ))
+    sizes = columns["component_size"].astype(np.int64)
+    lines = [f"{dataset.path}: {len(dataset):,} samples in {len(dataset.shards)} shards, {sizes.sum() / 2**30:.3g} GiB"]
+    for name, count in zip(EXTENSIONS_READ, kinds.tolist(), strict=True):
+        if count:
+            lines.append(f"  .{name}: {count:,}")
+    shown = (FAMILIES[columns["component_kind"]] == PICTURE) & (columns["component_unreadable"] == 0)
+    if shown.any():
+        width, height = (np.median(columns[f"component_{side}"][shown]) for side in ("width", "height"))
+        lines.append(f"  pictures: median {width:.0f} x {height:.0f} pixels")
+    for what, number in (("unreadable media", dataset.unreadable), ("members not read", sum(dataset.ignored_members.values()))):
+        if number:
+            lines.append(f"  {what}: {number:,}")
+    for file in sorted((dataset.path / INDEX_DIR).glob("lengths-*.json")):
+        made = json.loads(file.read_text(encoding="utf-8"))
+        lines.append(
+            f"  text lengths: template {made['template']}, tokenizer {made['tokenizer']}, {len(made['rejected'])} rejected"
+        )
+    return lines
 
 
 def template_names() -> list[str]:

@@ -1,14 +1,17 @@
 """One face for the two kinds of tokenizer files: Hugging Face's ``tokenizer.json`` and SentencePiece's bare ``tokenizer.model``.
 
-``encode`` never adds BOS or EOS by itself and gives character offsets, which the label rule of ``conversation`` needs. The
-end-of-sequence text (``</s>``) inside a text always becomes the end-of-sequence id: SentencePiece would spell it out, so texts
+``encode`` never adds BOS or EOS by itself and gives character offsets, which the label rule of ``conversation`` needs. Their
+texts (``<s>``, ``</s>``) inside a text always become their ids: SentencePiece would spell them out, so texts
 are cut there and each piece is encoded on its own, which is what LLaVA's ``LlamaTokenizer`` does too.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from abc import ABC, abstractmethod
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,8 +36,24 @@ class Tokenizer(Protocol):
 
     bos_id: int | None
     eos_id: int | None
+    bos_token: str | None
     eos_token: str | None
     vocab_size: int
+
+    @property
+    def digest(self) -> str:
+        """Of everything that decides which ids a text becomes."""
+        ...
+
+    @property
+    def chat_template(self) -> str | None:
+        """The jinja template that stands beside it."""
+        ...
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """``bos_token``, ``eos_token``, ... as the files beside it spell them."""
+        ...
 
     def encode(self, text: str) -> tuple[list[int], Offsets]:
         """Token ids, without BOS and EOS, and the characters [begin, end) of ``text`` that each stands for."""
@@ -99,6 +118,13 @@ class _Files(ABC):
     @abstractmethod
     def _build(self) -> None: ...
 
+    @cached_property
+    def digest(self) -> str:
+        digest = hashlib.sha256()
+        for name, data in sorted({self.own_name: self._data, **self._side}.items()):
+            digest.update(json.dumps([name, len(data)]).encode() + data)
+        return digest.hexdigest()
+
     def _configs(self) -> list[dict[str, Any]]:
         """The side files that are JSON objects, those that outrank others first."""
         names = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
@@ -109,6 +135,27 @@ class _Files(ABC):
             except ValueError as error:
                 raise DatasetError(f"{name} beside {self.own_name} is not JSON ({error})") from error
         return [config for config in loaded if isinstance(config, dict)]
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The jinja template that stands beside the tokenizer."""
+        if "chat_template.jinja" in self._side:
+            return self._side["chat_template.jinja"].decode("utf-8")
+        found = self._configs()[0].get("chat_template")
+        if isinstance(found, list):  # several, by name
+            found = next((entry.get("template") for entry in found if entry.get("name") == "default"), None)
+        return found
+
+    @cached_property
+    def special_tokens(self) -> dict[str, str]:
+        """``bos_token``, ``eos_token``, ... as the files beside the tokenizer spell them."""
+        found: dict[str, str] = {}
+        for config in self._configs():
+            for name, token in config.items():
+                spelled = token.get("content") if isinstance(token, dict) else token
+                if re.fullmatch("(bos|eos|unk|sep|pad|cls|mask)_token", name) and isinstance(spelled, str):
+                    found.setdefault(name, spelled)
+        return found
 
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
@@ -144,6 +191,7 @@ class HuggingFaceTokenizer(_Files):
         self.bos_id = self._special("bos", ("<s>",))
         if self.bos_id is not None and not self._adds_bos(self.bos_id):
             self.bos_id = None
+        self.bos_token = None if self.bos_id is None else self._backend.id_to_token(self.bos_id)
 
     def _special(self, name: str, usual: tuple[str, ...]) -> int | None:
         """The id of the ``name`` token as the files beside the tokenizer give it, else of a usual spelling."""
@@ -198,20 +246,25 @@ class SentencePieceTokenizer(_Files):
         self.vocab_size = self._backend.get_piece_size()
         self.bos_id = self._backend.bos_id() if self._backend.bos_id() >= 0 else None
         self.eos_id = self._backend.eos_id() if self._backend.eos_id() >= 0 else None
+        self.bos_token = None if self.bos_id is None else self._backend.id_to_piece(self.bos_id)
         self.eos_token = None if self.eos_id is None else self._backend.id_to_piece(self.eos_id)
+        self._control = {
+            token: number
+            for token, number in ((self.bos_token, self.bos_id), (self.eos_token, self.eos_id))
+            if token is not None and number is not None
+        }
 
     def encode(self, text: str) -> tuple[list[int], Offsets]:
         ids: list[int] = []
         offsets: Offsets = []
         begin = 0
-        pieces = text.split(self.eos_token) if self.eos_token else [text]
-        for number, piece in enumerate(pieces):
-            if number:
-                assert self.eos_token is not None and self.eos_id is not None
-                ids.append(self.eos_id)
-                offsets.append((begin, begin + len(self.eos_token)))
-                begin += len(self.eos_token)
-            if piece:
+        pieces = re.split(f"({'|'.join(map(re.escape, self._control))})", text) if self._control else [text]
+        for piece in pieces:
+            if piece in self._control:
+                ids.append(self._control[piece])
+                offsets.append((begin, begin + len(piece)))
+                begin += len(piece)
+            elif piece:
                 mapping = self._backend.encode(piece, out_type="offset_mapping")
                 ids.extend(mapping["ids"])
                 offsets.extend((begin + first, begin + last) for first, last in mapping["offsets"])

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from llava_mcore.data.conversation import IGNORE, encode_prompt
-from llava_mcore.data.loader import Batch, Piece, lay_out, read_pixels
+from llava_mcore.data.conversation import IGNORE
+from llava_mcore.data.decode import Decoder
+from llava_mcore.data.loader import Batch, Piece, lay_out
 from llava_mcore.data.packing import pack
+from llava_mcore.data.sample import Reading, decode_sample
 from llava_mcore.data.shards import ShardDataset
 from llava_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from llava_mcore.models.initialize import initialize
@@ -69,23 +71,18 @@ class Inference:
         else:
             load_model(checkpoint, self.model, self.groups)
         self.tokenizer: Tokenizer = load_tokenizer(settings.data.tokenizer or "")
+        model = settings.model
+        self._reading = Reading.from_settings(self.tokenizer, settings.data, model.vision, model.image_token_id)
+        self._decoder = Decoder.from_settings(settings.data, model.vision)
 
     def prompt(self, dataset: ShardDataset, index: int) -> Prompt:
         """The last question of a sample of a dataset.
 
         Raises:
-            SampleError: there is none, or a picture cannot be decoded.
+            SampleError: there is none, or a medium cannot be decoded.
         """
-        model, data = self.settings.model, self.settings.data
-        ids = encode_prompt(
-            dataset.read_record(index).get("conversations"),
-            self.tokenizer,
-            data.template,
-            num_images=dataset.num_pictures(index),
-            image_tokens_each=model.vision.embeddings_per_image,
-            image_token_id=model.image_token_id,
-        )
-        return Prompt(ids, read_pixels(dataset, index, data, model.vision.image_size))
+        ids = self._reading.encode_prompt(dataset, index, dataset.read_record(index))
+        return Prompt(ids, decode_sample(self._decoder, dataset, index, self.settings.model.vision.image_size))
 
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
         """The answers to this replica's prompts, greedy; every rank of the replica calls it with the same prompts.

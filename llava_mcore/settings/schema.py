@@ -39,13 +39,62 @@ __all__ = [
 ]
 
 
+TemplateName = Literal[
+    "plain",
+    "plain_eos",
+    "v0",
+    "v1",
+    "vicuna_v1",
+    "llava_v1",
+    "llava_llama_2",
+    "mistral_instruct",
+    "chatml",
+    "mpt",
+    "qwen_1_5",
+    "qwen_2",
+    "qwen_2_5",
+    "chat_template",
+]
+
+
+@dataclass(config=STRICT, kw_only=True)
+class SourceSettings:
+    """One dataset of a mixture."""
+
+    path: str = Field(description="folder of webdataset shards with their index")
+    weight: Annotated[float, Field(ge=0)] | dict[NonNegative, Annotated[float, Field(ge=0)]] | None = Field(
+        default=None,
+        description="share of the samples, relative to the other datasets'; or {step: weight} to change it on the way",
+    )
+    epochs: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="times the dataset occurs in an epoch of the mixture"
+    )
+    sampling_strategy: str = Field(
+        default="all", description="samples that take part: all, first:N, end:N or random:N; N may be 20%"
+    )
+
+
 @dataclass(config=STRICT, kw_only=True)
 class DataSettings:
     """What is read, and how it becomes packed streams."""
 
     path: str | None = Field(None, description="folder of webdataset shards with their index (tools/prepare_data.py shard)")
+    mixture: list[SourceSettings] = Field(
+        default_factory=list,
+        description="several datasets in place of path, all with a weight or all with epochs (1 where neither is given): "
+        "a list of {path, weight, epochs, sampling_strategy}",
+    )
+    mixture_file: str | None = Field(None, description="YAML file with the mixture as its list `datasets`, in place of path")
     tokenizer: str | None = Field(None, description="folder with tokenizer.json or tokenizer.model, or such a file")
-    template: Literal["plain", "vicuna_v1"] = Field("vicuna_v1", description="how a conversation becomes text and labels")
+    template: TemplateName = Field(
+        "vicuna_v1", description="how a conversation becomes text and labels; chat_template: the tokenizer's own"
+    )
+    system_prompt: str | None = Field(None, description="in place of the template's (a sample's own goes before it)")
+    label_rule: Literal["answers", "published"] = Field(
+        "answers", description="learn the answers and what ends them, or what the published models of the template learned"
+    )
+    image_start_token: str = Field("", description="token in front of every picture, as <im_start>; the tokenizer must have it")
+    image_end_token: str = Field("", description="token behind every picture, as <im_end>")
     image_mode: Literal["pad", "square"] = Field(
         "pad", description="pad: to a square with the mean colour, then resize; square: resize the short side, then centre-crop"
     )
@@ -55,10 +104,51 @@ class DataSettings:
     )
     sequence_length: Positive = Field(2048, description="tokens of one packed stream")
     packing: bool = Field(True, description="several samples in a stream; false: one sample in each")
+    packing_window: NonNegative = Field(
+        4096,
+        description="samples that are packed together, in whole steps: a step then has train.global_batch_size samples on "
+        "average; 0: every step is packed alone and has exactly as many",
+    )
+    streams_multiple: Positive = Field(
+        1,
+        description="streams of a step come in groups of so many, where a window has enough: "
+        "with the data-parallel size no rank gets an empty one",
+    )
     shuffle: bool = Field(True, description="a new order every epoch; false: the order of the shards")
+    shuffle_shards: Positive = Field(16, description="shards whose samples are mixed with each other; all are read at a time")
+    quarantine: str | None = Field(
+        None,
+        description="list of samples to leave out, each from a stated position on (tools/prepare_data.py quarantine)",
+    )
     max_bad_samples: NonNegative = Field(100, description="unreadable samples that are skipped before the run stops")
+    max_bad_rate: Fraction = Field(0.01, description="largest share of unreadable samples among the last 100,000")
+    max_bad_in_a_row: Positive = Field(32, description="unreadable samples one after the other that stop the run")
+    read_ahead: NonNegative = Field(2, description="steps whose bytes are read before their turn to be decoded")
+    read_threads: Positive = Field(4, description="threads that read bytes")
     prefetch: Positive = Field(2, description="steps made ready ahead of the model")
     decode_threads: Positive = Field(2, description="threads that decode pictures")
+    decoder: Literal["auto", "dali", "python"] = Field(
+        "auto", description="what decodes: dali (Pillow and PyAV where it cannot), python (Pillow, PyAV), or DALI if installed"
+    )
+    video_frames: Positive = Field(8, description="frames of a video, at most")
+    video_frames_by: Literal["uniform", "segments", "time", "fps"] = Field(
+        "uniform",
+        description="frames of a video: middles of equal parts (uniform), a random one of each part (segments), middles of parts "
+        "of equal duration (time), or so many a second (fps)",
+    )
+    video_fps: float = Field(1.0, gt=0, description="frames of a video a second, where video_frames_by is fps")
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSettings:
+        named = [name for name in ("path", "mixture", "mixture_file") if getattr(self, name)]
+        problems = [f"{' and '.join(named)} exclude each other; set one of them"] if len(named) > 1 else []
+        if self.mixture:
+            given = {name for source in self.mixture for name in ("weight", "epochs") if getattr(source, name) is not None}
+            weighted = [source.weight is not None for source in self.mixture]
+            if len(given) > 1 or any(weighted) != all(weighted):
+                problems.append("mixture: give every dataset a weight, or none and epochs where they are not 1")
+        _fail_on(problems)
+        return self
 
 
 @dataclass(config=STRICT, kw_only=True)

@@ -31,6 +31,7 @@ from llava_mcore.training.observe.flops import (
 )
 
 GIB = 2**30
+SAMPLES_SHOWN = 20
 TEXT_SHOWN = 300
 # Bytes a trained parameter costs besides its weight: gradients are summed in float32; Adam keeps two float32 moments, and a
 # float32 copy of the weights where these are bfloat16.
@@ -136,10 +137,10 @@ def report(settings: Settings, world_size: int | None = None) -> int:
     _show_layout(page, settings, world_size, data_parallel)
     _show_memory(page, settings, data_parallel)
     _check_training(page, settings)
-    dataset = _open_dataset(page, settings)
-    derived = _show_batch(page, settings, world_size, data_parallel, dataset)
-    if dataset is not None:
-        _show_first_batch(page, settings, data_parallel, dataset, derived)
+    blend, tokenizer = _open_data(page, settings)
+    derived = _show_batch(page, settings, world_size, data_parallel, blend)
+    if blend is not None:
+        _show_first_batch(page, settings, data_parallel, blend, tokenizer, derived)
     page.finish()
     return 1 if page.problems else 0
 
@@ -233,26 +234,44 @@ def _check_training(page: _Page, settings: Settings) -> None:
         page.warnings.append(f"train.init_from is null, so {' and '.join(frozen)} would stay frozen at random weights")
 
 
-def _open_dataset(page: _Page, settings: Settings) -> Any:
-    """The dataset, or None with the reason noted."""
-    for name, value, source in (
-        ("path", settings.data.path, "folder of shards, as tools/prepare_data.py shard writes it"),
-        ("tokenizer", settings.data.tokenizer, "folder with tokenizer.json or tokenizer.model"),
-    ):
-        if value is None:
-            page.problems.append(f"data.{name} is not set, so the first batch was not tried; it names a {source}")
-    if settings.data.path is None:
-        return None
+def _open_data(page: _Page, settings: Settings) -> tuple[Any, Any]:
+    """The order of the run's samples and the tokenizer, each None with the reason noted."""
+    data = settings.data
+    if data.tokenizer is None:
+        page.problems.append(
+            "data.tokenizer is not set, so the first batch was not tried; name a folder with tokenizer.json or tokenizer.model"
+        )
     from llava_mcore.data.shards import ShardDataset
+    from llava_mcore.data.sources import mixture_of, open_blend
+    from llava_mcore.data.tokenizer import load_tokenizer
 
+    tokenizer = None
+    before = len(page.problems)
     try:
-        return ShardDataset(settings.data.path)
+        if data.tokenizer is not None:
+            tokenizer = load_tokenizer(data.tokenizer)
     except (ValueError, OSError) as error:
-        page.problems.append(f"data.path={settings.data.path}: {error}")
-        return None
+        page.problems.append(f"data.tokenizer={data.tokenizer}: {error}")
+    try:
+        sources = mixture_of(data)
+    except ValueError as error:
+        page.problems.append(f"{error}; tools/prepare_data.py shard writes such a folder")
+        return None, tokenizer
+    for source in sources:
+        try:
+            ShardDataset(source.path)
+        except (ValueError, OSError) as error:
+            page.problems.append(str(error))
+    if tokenizer is None or len(page.problems) > before:
+        return None, tokenizer
+    try:
+        return open_blend(data, tokenizer, settings.train.seed, settings.train.global_batch_size), tokenizer
+    except (ValueError, OSError) as error:
+        page.problems.append(str(error))
+        return None, tokenizer
 
 
-def _show_batch(page: _Page, settings: Settings, world_size: int, data_parallel: int, dataset: Any) -> Derived | None:
+def _show_batch(page: _Page, settings: Settings, world_size: int, data_parallel: int, blend: Any) -> Derived | None:
     train = settings.train
     page.title("batch")
     page.row("samples a step", train.global_batch_size)
@@ -263,34 +282,29 @@ def _show_batch(page: _Page, settings: Settings, world_size: int, data_parallel:
             f"train.global_batch_size {train.global_batch_size} is below the data-parallel size {data_parallel}: "
             "some ranks get padding only"
         )
-    if dataset is None and train.steps is None:
+    if blend is None and train.steps is None:
         page.row("steps", "unknown until data.path is set (train.epochs needs the number of samples)")
         return None
     try:
-        derived = derive(settings, len(dataset) if dataset is not None else train.global_batch_size, world_size)
+        derived = derive(settings, blend.epoch_samples if blend is not None else train.global_batch_size, world_size)
     except SettingsError as error:
         page.problems += [problem for problem in error.problems if problem not in page.problems]
         return None
     page.row("steps", f"{derived.steps}, of which {derived.warmup_steps} warm up")
     page.row("samples of the run", f"{derived.total_samples:,}")
-    if dataset is not None:
+    if blend is not None:
         page.row("samples of the data", f"{derived.num_samples:,} ({derived.total_samples / derived.num_samples:.3g} epochs)")
     return derived
 
 
-def _show_first_batch(page: _Page, settings: Settings, data_parallel: int, dataset: Any, derived: Derived | None) -> None:
+def _show_first_batch(
+    page: _Page, settings: Settings, data_parallel: int, blend: Any, tokenizer: Any, derived: Derived | None
+) -> None:
     """Step 0 of the first data-parallel rank, through the loader the run would use."""
     train, data = settings.train, settings.data
-    if data.tokenizer is None:
-        return
     from llava_mcore.data.loader import StreamLoader
-    from llava_mcore.data.tokenizer import load_tokenizer
+    from llava_mcore.data.plan import Planner
 
-    try:
-        tokenizer = load_tokenizer(data.tokenizer)
-    except (ValueError, OSError) as error:
-        page.problems.append(f"data.tokenizer={data.tokenizer}: {error}")
-        return
     rows = settings.model.language.vocab_size
     if tokenizer.vocab_size > rows:
         page.problems.append(
@@ -300,18 +314,24 @@ def _show_first_batch(page: _Page, settings: Settings, data_parallel: int, datas
         return
     page.title("first batch (data-parallel rank 0)")
     try:
+        planner = Planner(
+            blend,
+            data,
+            settings.model.vision.embeddings_per_image,
+            seed=train.seed,
+            global_batch_size=train.global_batch_size,
+            total_samples=derived.total_samples if derived else None,
+        )
         loader = StreamLoader(
-            dataset,
+            planner,
             tokenizer,
             data,
             settings.model.vision,
             settings.model.image_token_id,
             rank=0,
             size=data_parallel,
-            seed=train.seed,
-            global_batch_size=train.global_batch_size,
             micro_batch_size=train.micro_batch_size,
-            total_samples=derived.total_samples if derived else None,
+            cost=FlopsCounter(settings).cost(),
         )
         with contextlib.closing(cast(Generator, iter(loader))) as steps:
             step = next(steps)
@@ -323,13 +343,14 @@ def _show_first_batch(page: _Page, settings: Settings, data_parallel: int, datas
 
 def _describe_step(page: _Page, settings: Settings, tokenizer: Any, step: Any) -> None:
     supervised = sum(batch.loss_tokens for batch in step.batches)
-    page.row("samples", f"{step.samples} on all ranks, {len(step.bad)} bad among this rank's")
+    page.row("samples", f"{step.samples} on all ranks, {len(step.bad)} bad among this rank's, {len(step.left_out)} left out")
     page.row("tokens", f"{step.real_tokens:,} in {step.slots:,} slots ({1 - step.real_tokens / max(step.slots, 1):.1%} padding)")
     page.row("pictures", step.pictures)
     page.row("micro-batches", f"{len(step.batches)} on this rank, {supervised:,} tokens predicted")
     page.row("model TFLOP", f"{FlopsCounter(settings).step(step.sample_lengths, step.pictures) / 1e12:.4g} a step")
-    for bad in step.bad:
-        page.row("bad sample", bad)
+    for what, samples in (("bad sample", step.bad), ("left out", step.left_out)):
+        for sample in samples[:SAMPLES_SHOWN]:
+            page.row(what, sample)
     if not step.samples:
         page.problems.append("no sample of the first step could be used; see tools/prepare_data.py lint")
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llava_mcore.conversion.convert import load_hf_into, write_sidecars
+from llava_mcore.data.errors import DatasetError
 from llava_mcore.data.loader import Step, StreamLoader
-from llava_mcore.data.shards import ShardDataset
+from llava_mcore.data.plan import Planner
+from llava_mcore.data.sources import mixture_of, open_blend
 from llava_mcore.data.tokenizer import load_tokenizer
 from llava_mcore.models.backend import problems_here
 from llava_mcore.models.config import Recompute
@@ -30,12 +31,11 @@ from llava_mcore.settings.layouts import layout_problems
 from llava_mcore.settings.schema import Settings
 from llava_mcore.training import checkpoint_folder, pipeline_split
 from llava_mcore.training.checkpoint import Checkpointer, load_model, model_state, sharding_metadata
+from llava_mcore.training.data_state import DataState
 from llava_mcore.training.engine import distribute, forward_backward
 from llava_mcore.training.observe import Observer, StepRecord
 from llava_mcore.training.observe.flops import FlopsCounter
 from llava_mcore.training.optimizer import build_optimizer, freeze, learning_rates, trained_parameters
-
-BAD_SAMPLES = "bad_samples.txt"
 
 
 class TrainingError(RuntimeError):
@@ -60,8 +60,17 @@ class Trainer:
         self.place = device.start(parallel.timeout_minutes)
         self.say(self.place.description)
         self.groups = process_groups.build(parallel, train.seed)
-        self.dataset, self.tokenizer = ShardDataset(settings.data.path or ""), load_tokenizer(settings.data.tokenizer or "")
-        self.derived = derive(settings, len(self.dataset), self.place.world_size)
+        self.tokenizer = load_tokenizer(settings.data.tokenizer or "")
+        blend = open_blend(settings.data, self.tokenizer, train.seed, train.global_batch_size)
+        self.derived = derive(settings, blend.epoch_samples, self.place.world_size)
+        self.planner = Planner(
+            blend,
+            settings.data,
+            settings.model.vision.embeddings_per_image,
+            seed=train.seed,
+            global_batch_size=train.global_batch_size,
+            total_samples=self.derived.total_samples,
+        )
         self.last_step = min(self.derived.steps, train.stop_after or self.derived.steps)
 
         self.checkpointer = Checkpointer(settings, self.groups, self.place.is_first)
@@ -75,11 +84,12 @@ class Trainer:
         self.ddp = distribute(self.model, parallel, self.groups)
         self.optimizer, self.scheduler = build_optimizer(self.ddp, train, parallel, self.derived, self.groups)
 
-        self.step, self.bad_samples = 0, 0
-        self.loader = self._loader(0)
+        self.step, self.waited = 0, 0.0
+        self.flops = FlopsCounter(settings)
+        self.data = DataState(settings, self.planner, self.groups, self.place.is_first)
         if self.resumed_from is not None:
             self._resume(self.resumed_from)
-        self.flops = FlopsCounter(settings)
+        self.loader = self._loader(self.step)
         self._describe()
 
     def fit(self) -> None:
@@ -93,6 +103,7 @@ class Trainer:
             while self.step < self.last_step:
                 started = time.perf_counter()
                 step = next(steps)
+                self.waited = time.perf_counter() - started
                 lr = learning_rates(self.optimizer, train)
                 loss, grad_norm = self.train_step(step)
                 self.step += 1
@@ -117,7 +128,7 @@ class Trainer:
     def save(self) -> None:
         """Publishes a checkpoint of the current step."""
         started = time.perf_counter()
-        position = {**self.loader.state_dict(self.step), "bad_samples": self.bad_samples}
+        position = self.data.state_dict(self.step)
         if self.settings.parallel.overlap_param_gather:
             for part in self.ddp:  # the last update is gathered before it is saved
                 part.disable_forward_pre_hook(param_sync=True)
@@ -151,28 +162,25 @@ class Trainer:
 
     def _resume(self, path: Path) -> None:
         meta = self.checkpointer.load(path, self.model, self.optimizer)
-        self.loader.check_state(meta["data_position"])
-        self.step, self.bad_samples = meta["step"], meta["data_position"]["bad_samples"]
-        self.loader = self._loader(self.step)
+        self.data.resume(meta["data_position"])
+        self.step = meta["step"]
         self.scheduler.step(self.step)
         self.say(f"resumed from {path}, step {self.step}")
 
     def _loader(self, start_step: int) -> StreamLoader:
         train, parallel = self.settings.train, self.settings.parallel
         return StreamLoader(
-            self.dataset,
+            self.planner,
             self.tokenizer,
             self.settings.data,
             self.settings.model.vision,
             self.settings.model.image_token_id,
             rank=self.groups.dp.rank(),
             size=self.groups.dp.size(),
-            seed=train.seed,
-            global_batch_size=train.global_batch_size,
             micro_batch_size=train.micro_batch_size,
             # An interleaved pipeline runs micro-batches in rounds of as many as it has stages.
             batches_multiple=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
-            total_samples=self.derived.total_samples,
+            cost=self.flops.cost(),
             start_step=start_step,
         )
 
@@ -209,42 +217,22 @@ class Trainer:
     # ---- what happens every step ----
 
     def _mean_loss(self, losses: list[Tensor], step: Step) -> float:
-        """Mean loss per predicted token over all ranks; counts bad samples and stops every rank together if they are too many."""
-        counts = torch.zeros(3, dtype=torch.float64, device=self.place.device)
+        """Mean loss per predicted token over all ranks; books the step's samples, which may stop every rank."""
+        counts = torch.zeros(4, dtype=torch.float64, device=self.place.device)
         if self.groups.is_last_stage and self.groups.tp.rank() == 0:
             counts[0] = sum(loss.double() for loss in losses)
             counts[1] = sum(batch.loss_tokens for batch in step.batches) if self.groups.cp.rank() == 0 else 0
         if self.groups.replica.rank() == 0:
-            counts[2] = len(step.bad)
+            counts[2], counts[3] = len(step.bad), self.waited / self.groups.dp.size()
         dist.all_reduce(counts)
-        loss_sum, tokens, bad = counts.tolist()
-        if bad:
-            self._account_bad(step.bad if self.groups.replica.rank() == 0 else [])
+        loss_sum, tokens, bad, self.waited = counts.tolist()
+        self.data.finish(step, int(bad))
         mean = loss_sum / max(tokens, 1.0)
         if mean != mean or mean in (float("inf"), float("-inf")):
             raise TrainingError(
                 f"the loss of step {step.index + 1} is {mean}; lower train.lr, or look at its samples; checkpoints are intact"
             )
         return mean
-
-    def _account_bad(self, names: list[str]) -> None:
-        """Names the step's bad samples on the first rank and in a file; raises everywhere when the budget is spent."""
-        gathered: list[list[str]] = [[] for _ in range(self.place.world_size)]
-        dist.all_gather_object(gathered, names)
-        found = [name for part in gathered for name in part]
-        self.bad_samples += len(found)
-        listed = Path(self.settings.train.output_dir) / BAD_SAMPLES
-        if self.place.is_first:
-            with listed.open("a", encoding="utf-8") as file:
-                for name in found:
-                    file.write(f"step {self.step + 1}: {name}\n")
-                    print(f"skipped sample: {name}", file=sys.stderr, flush=True)
-        if self.bad_samples > self.settings.data.max_bad_samples:
-            limit = self.settings.data.max_bad_samples
-            raise TrainingError(
-                f"{self.bad_samples} bad samples are more than data.max_bad_samples={limit}; the last: {found[-1]}. All are in "
-                f"{listed}; look at them with tools/prepare_data.py lint, or raise the limit"
-            )
 
     def _record(self, step: Step, loss: float, lr: float | dict[str, float], grad_norm: float, seconds: float) -> StepRecord:
         return StepRecord(
@@ -258,7 +246,8 @@ class Trainer:
             seconds=seconds,
             samples=step.samples,
             pictures=step.pictures,
-            bad_samples=self.bad_samples,
+            bad_samples=self.data.bad_samples,
+            waited=self.waited,
             flops=self.flops.step(step.sample_lengths, step.pictures),
             encoder_imbalance=self._encoder_imbalance(step),
         )
@@ -278,12 +267,15 @@ class Trainer:
 def _startup_problems(settings: Settings) -> list[str]:
     """What can be seen to be wrong before any process group is made."""
     problems = layout_problems(settings, device.world_size()) + problems_here(settings)
-    for name in ("path", "tokenizer"):
-        value = getattr(settings.data, name)
-        if value is None:
-            problems.append(f"data.{name} is not set")
-        elif not Path(value).exists():
-            problems.append(f"data.{name}={value}: no such file or folder")
+    try:
+        paths = [("data.path" if settings.data.path else "data.mixture", source.path) for source in mixture_of(settings.data)]
+    except DatasetError as error:
+        problems, paths = [*problems, str(error)], []
+    if settings.data.tokenizer is None:
+        problems.append("data.tokenizer is not set")
+    else:
+        paths.append(("data.tokenizer", settings.data.tokenizer))
+    problems += [f"{name}={value}: no such file or folder" for name, value in paths if not Path(value).exists()]
     source = settings.train.init_from
     if source is not None and not Path(source).exists():
         problems.append(f"train.init_from={source}: no such folder")

@@ -12,7 +12,9 @@ import pytest
 import sentencepiece
 from PIL import Image
 
-from llava_mcore.data.shards import ShardDataset, ShardWriter, build_index
+from llava_mcore.data.index import build_index
+from llava_mcore.data.lengths import build_lengths
+from llava_mcore.data.shards import ShardDataset, ShardWriter
 from llava_mcore.data.tokenizer import Tokenizer, load_tokenizer
 
 CORPUS = [
@@ -80,11 +82,12 @@ def sample() -> Callable[[int, int], tuple[str, dict[str, Any], list[tuple[str, 
 
 
 @pytest.fixture(scope="session")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> ShardDataset:
+def dataset(tmp_path_factory: pytest.TempPathFactory, sp_file: Path) -> ShardDataset:
     """53 samples with 0, 1 or 2 pictures each, in 6 shards."""
     folder = tmp_path_factory.mktemp("dataset")
     with ShardWriter(folder, 10) as writer:
         for number in range(53):
             writer.write(*make_sample(number, number % 3))
     build_index(folder)
+    build_lengths(folder, sp_file, "vicuna_v1")
     return ShardDataset(folder)

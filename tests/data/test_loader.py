@@ -5,39 +5,54 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from llava_mcore.data.account import Account
 from llava_mcore.data.conversation import IGNORE, encode_conversation
 from llava_mcore.data.errors import DatasetError, SampleError
 from llava_mcore.data.image import open_rgb, preprocess
+from llava_mcore.data.index import build_index
+from llava_mcore.data.lengths import build_lengths
 from llava_mcore.data.loader import Batch, Step, StreamLoader, truncate
-from llava_mcore.data.order import sample_at
-from llava_mcore.data.shards import ShardDataset, ShardWriter, build_index
+from llava_mcore.data.order import Order
+from llava_mcore.data.plan import Planner
+from llava_mcore.data.shards import ShardDataset, ShardWriter
+from llava_mcore.data.sources import open_blend
 from llava_mcore.data.tokenizer import Tokenizer
 from llava_mcore.settings.schema import DataSettings, VisionSettings
 
 IMAGE_ID = 3
 VISION = VisionSettings(image_size=28, patch_size=7, hidden_size=32, ffn_hidden_size=32, num_layers=2, num_attention_heads=2)
 EACH = VISION.embeddings_per_image
-DATA = DataSettings(sequence_length=384)
+DATA = DataSettings(sequence_length=384, packing_window=0, decoder="python")
 
 Sample = Callable[[int, int], tuple[str, dict[str, Any], list[tuple[str, bytes]]]]
 
 
+def plan(dataset: ShardDataset, tokenizer: Tokenizer, data: DataSettings = DATA, **options: Any) -> Planner:
+    arguments: dict[str, Any] = {"seed": 1, "global_batch_size": 16, "total_samples": None} | options
+    blend = open_blend(replace(data, path=str(dataset.path)), tokenizer, arguments["seed"], arguments["global_batch_size"])
+    return Planner(blend, data, EACH, **arguments)
+
+
 def make(dataset: ShardDataset, tokenizer: Tokenizer, data: DataSettings = DATA, **options: Any) -> StreamLoader:
-    arguments: dict[str, Any] = {"rank": 0, "size": 1, "seed": 1, "global_batch_size": 16, "micro_batch_size": 1} | options
-    return StreamLoader(dataset, tokenizer, data, VISION, IMAGE_ID, **arguments)
+    planned = {name: options.pop(name) for name in ("seed", "global_batch_size", "total_samples") if name in options}
+    arguments: dict[str, Any] = {"rank": 0, "size": 1, "micro_batch_size": 1} | options
+    return StreamLoader(plan(dataset, tokenizer, data, **planned), tokenizer, data, VISION, IMAGE_ID, **arguments)
 
 
-def write(folder: Path, samples: list[tuple[str, dict[str, Any], list[tuple[str, bytes]]]]) -> ShardDataset:
+def write(folder: Path, sp_file: Path, samples: list[tuple[str, dict[str, Any], list[tuple[str, bytes]]]]) -> ShardDataset:
     with ShardWriter(folder) as writer:
         for sample in samples:
             writer.write(*sample)
     build_index(folder)
+    build_lengths(folder, sp_file, "vicuna_v1")
     return ShardDataset(folder)
 
 
@@ -85,7 +100,16 @@ def streams(step: Step, capacity: int = DATA.sequence_length) -> list[tuple[Any,
 
 def equal(left: Step, right: Step) -> bool:
     def plain(step: Step) -> tuple[Any, ...]:
-        counts = (step.index, step.samples, step.real_tokens, step.slots, step.pictures, step.sample_lengths, step.bad)
+        counts = (
+            step.index,
+            step.samples,
+            step.real_tokens,
+            step.slots,
+            step.pictures,
+            step.sample_lengths,
+            step.bad,
+            step.left_out,
+        )
         tensors = [
             [value.tolist() if isinstance(value, torch.Tensor) else value for value in vars(batch).values()]
             for batch in step.batches
@@ -96,10 +120,11 @@ def equal(left: Step, right: Step) -> bool:
 
 
 def test_batches_hold_the_samples_of_the_order(dataset: ShardDataset, tokenizer: Tokenizer) -> None:
+    order = Order(dataset.shard_sizes, 1)
     for step in make(dataset, tokenizer, total_samples=48, micro_batch_size=2):
         expected = []
         for position in range(16 * step.index, 16 * step.index + 16):
-            raw = dataset.read(sample_at(position, len(dataset), 1, True)[1])
+            raw = dataset.read(int(order.at(np.array([position]))[1][0]))
             sample = encode_conversation(
                 raw.record["conversations"],
                 tokenizer,
@@ -128,7 +153,7 @@ def test_batches_hold_the_samples_of_the_order(dataset: ShardDataset, tokenizer:
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("packing", [True, False])
 def test_same_streams_at_any_number_of_ranks(dataset: ShardDataset, tokenizer: Tokenizer, size: int, packing: bool) -> None:
-    data = DataSettings(sequence_length=384, packing=packing)
+    data = replace(DATA, packing=packing)
     alone = list(make(dataset, tokenizer, data, total_samples=53))
     ranks = [
         list(make(dataset, tokenizer, data, total_samples=53, rank=rank, size=size, micro_batch_size=2)) for rank in range(size)
@@ -168,7 +193,7 @@ def test_every_sample_once_in_an_epoch(dataset: ShardDataset, tokenizer: Tokeniz
 
 
 def test_without_shuffle_in_the_order_of_the_shards(dataset: ShardDataset, tokenizer: Tokenizer) -> None:
-    data = DataSettings(sequence_length=384, shuffle=False, packing=False)
+    data = replace(DATA, shuffle=False, packing=False)
     step = next(iter(make(dataset, tokenizer, data, global_batch_size=4)))
     lengths = [
         len(
@@ -200,22 +225,28 @@ def bad_samples(sample: Sample, picture: Callable[..., bytes]) -> list[tuple[str
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_bad_samples_are_named_once(
-    tmp_path: Path, tokenizer: Tokenizer, sample: Sample, picture: Callable[..., bytes], size: int
+    tmp_path: Path, tokenizer: Tokenizer, sp_file: Path, sample: Sample, picture: Callable[..., bytes], size: int
 ) -> None:
-    dataset = write(tmp_path / "shards", bad_samples(sample, picture))
+    dataset = write(tmp_path / "shards", sp_file, bad_samples(sample, picture))
     ranks = [list(make(dataset, tokenizer, total_samples=8, global_batch_size=8, rank=rank, size=size)) for rank in range(size)]
-    named = sorted(name for steps in ranks for step in steps for name in step.bad)
-    assert [name.split(": ")[1] for name in named] == ["crowded", "empty", "lacking", "nothing", "surplus", "truncated"]
-    assert all(name.startswith("shard-00000.tar: ") for name in named)
+    bad = [sample for steps in ranks for step in steps for sample in step.bad]
+    left_out = [sample for steps in ranks for step in steps for sample in step.left_out]
+    assert [sample.key for sample in bad] == ["truncated"] and "corrupt or truncated" in bad[0].error
+    named = {sample.key: sample for sample in left_out}
+    assert sorted(sample.key for sample in left_out) == ["crowded", "empty", "lacking", "nothing", "surplus"]
+    assert all(str(sample).startswith("shard-00000.tar: ") for sample in [*bad, *left_out])
     for key, reason in [
         ("crowded", "pictures do not fit"),
         ("empty", "empty"),
         ("lacking", "1 `<image>` in the text, but 0 pictures"),
         ("nothing", "no `conversations`"),
         ("surplus", "but 2 pictures"),
-        ("truncated", "corrupt or truncated"),
     ]:
-        assert any(key in name and reason in name for name in named)
+        assert reason in named[key].error
+    counted = Account()
+    for steps in ranks:
+        counted.merge(steps[0].account)
+    assert counted.close(0, 0, Order(dataset.shard_sizes, 1)) is None  # the bad and the left out are accounted for
     for steps in ranks:
         assert steps[0].samples == 3 and steps[0].pictures == 3  # the undecodable one keeps its place
     found = [sample for steps in ranks for batch in steps[0].batches for sample in segments(batch)]
@@ -227,27 +258,35 @@ def test_bad_samples_are_named_once(
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_step_without_any_usable_sample(tmp_path: Path, tokenizer: Tokenizer, size: int) -> None:
-    dataset = write(tmp_path / "shards", [(str(number), {"id": number}, []) for number in range(4)])
+def test_step_without_any_usable_sample(tmp_path: Path, tokenizer: Tokenizer, sp_file: Path, sample: Sample, size: int) -> None:
+    dataset = write(tmp_path / "shards", sp_file, [sample(0, 0), *((str(number), {"id": number}, []) for number in range(4))])
+    data = replace(DATA, shuffle=False)
     for rank in range(size):
-        (step,) = make(dataset, tokenizer, total_samples=4, global_batch_size=4, rank=rank, size=size, micro_batch_size=2)
+        options = {"rank": rank, "size": size, "micro_batch_size": 2}
+        _, step = make(dataset, tokenizer, data, total_samples=2, global_batch_size=1, **options)
         (batch,) = step.batches
         assert step.samples == step.real_tokens == step.pictures == batch.loss_tokens == batch.real_tokens == 0
         assert batch.sample_lengths == [384, 384] and batch.pixel_values_NCHW.shape == (0, 3, 28, 28)
         assert batch.image_index_E.shape == (0,) and not batch.input_ids_T.any() and (batch.labels_T == IGNORE).all()
-        assert step.slots == size * 2 * 384 and len(step.bad) == (4 if rank == 0 else 0)
+        assert step.slots == size * 2 * 384 and len(step.left_out) == (1 if rank == 0 else 0)
 
 
-def test_text_only_batches_have_no_pictures(tmp_path: Path, tokenizer: Tokenizer, sample: Sample) -> None:
-    dataset = write(tmp_path / "shards", [sample(number, 0) for number in range(6)])
+def test_nothing_usable_at_all(tmp_path: Path, tokenizer: Tokenizer, sp_file: Path) -> None:
+    dataset = write(tmp_path / "shards", sp_file, [(str(number), {"id": number}, []) for number in range(4)])
+    with pytest.raises(DatasetError, match="no sample of .* can be used .*no `conversations`"):
+        plan(dataset, tokenizer)
+
+
+def test_text_only_batches_have_no_pictures(tmp_path: Path, tokenizer: Tokenizer, sp_file: Path, sample: Sample) -> None:
+    dataset = write(tmp_path / "shards", sp_file, [sample(number, 0) for number in range(6)])
     for step in make(dataset, tokenizer, total_samples=6, global_batch_size=6):
         assert step.pictures == 0 and all(len(batch.pixel_values_NCHW) == 0 for batch in step.batches)
 
 
-def test_long_text_is_cut_at_its_end(tmp_path: Path, tokenizer: Tokenizer, sample: Sample) -> None:
+def test_long_text_is_cut_at_its_end(tmp_path: Path, tokenizer: Tokenizer, sp_file: Path, sample: Sample) -> None:
     name, record, pictures = sample(0, 1)
     record["conversations"][1]["value"] = "It is a seven. " * 200
-    dataset = write(tmp_path / "shards", [(name, record, pictures)])
+    dataset = write(tmp_path / "shards", sp_file, [(name, record, pictures)])
     (step,) = make(dataset, tokenizer, total_samples=1, global_batch_size=1)
     whole = encode_conversation(
         record["conversations"], tokenizer, "vicuna_v1", num_images=1, image_tokens_each=EACH, image_token_id=IMAGE_ID
@@ -286,8 +325,8 @@ def test_closing_leaves_no_thread(dataset: ShardDataset, tokenizer: Tokenizer) -
     assert not loader_threads()
 
 
-def test_exceptions_surface_in_the_consumer(tmp_path: Path, tokenizer: Tokenizer, sample: Sample) -> None:
-    dataset = write(tmp_path / "shards", [sample(number, 1) for number in range(8)])
+def test_exceptions_surface_in_the_consumer(tmp_path: Path, tokenizer: Tokenizer, sp_file: Path, sample: Sample) -> None:
+    dataset = write(tmp_path / "shards", sp_file, [sample(number, 1) for number in range(8)])
     loader = make(dataset, tokenizer, global_batch_size=4)
     (dataset.path / "shard-00000.tar").write_bytes(b"")
     with pytest.raises(DatasetError, match="truncated while in use"):
@@ -297,9 +336,11 @@ def test_exceptions_surface_in_the_consumer(tmp_path: Path, tokenizer: Tokenizer
 
 def test_prefetch_is_bounded(dataset: ShardDataset, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    original = StreamLoader._step
-    monkeypatch.setattr(StreamLoader, "_step", lambda self, step, pool: (made.append(step), original(self, step, pool))[1])
-    iterator = iter(make(dataset, tokenizer, DataSettings(sequence_length=384, prefetch=2)))
+    original = StreamLoader._build
+    monkeypatch.setattr(
+        StreamLoader, "_build", lambda self, work, pool: (made.append(work.plan.index), original(self, work, pool))[1]
+    )
+    iterator = iter(make(dataset, tokenizer, replace(DATA, prefetch=2)))
     assert next(iterator).index == 0
     deadline = time.monotonic() + 5
     while len(made) < 4 and time.monotonic() < deadline:
@@ -307,26 +348,6 @@ def test_prefetch_is_bounded(dataset: ShardDataset, tokenizer: Tokenizer, monkey
     time.sleep(0.3)
     assert made == [0, 1, 2, 3]  # one given, two in the queue, one in the hand
     iterator.close()  # type: ignore[attr-defined]
-
-
-def test_state(dataset: ShardDataset, tokenizer: Tokenizer, tmp_path: Path, sample: Sample) -> None:
-    loader = make(dataset, tokenizer)
-    state = loader.state_dict(7)
-    assert state["step"] == 7 and len(str(state)) < 400
-    loader.check_state(state)
-    make(dataset, tokenizer, rank=1, size=4, micro_batch_size=2, start_step=7).check_state(state)  # ranks do not matter
-    for options, name in [
-        ({"seed": 2}, "train.seed: 1 in the checkpoint, 2 now"),
-        ({"global_batch_size": 8}, "train.global_batch_size"),
-        ({"data": DataSettings(sequence_length=384, shuffle=False)}, "data.shuffle"),
-    ]:
-        with pytest.raises(DatasetError, match=name):
-            make(dataset, tokenizer, **options).check_state(state)  # type: ignore[arg-type]
-    other = write(tmp_path / "shards", [sample(number, 1) for number in range(8)])
-    with pytest.raises(DatasetError, match="digest.*samples in the dataset: 53 in the checkpoint, 8 now.*train.seed"):
-        make(other, tokenizer, seed=2).check_state(state)
-    with pytest.raises(DatasetError, match="format of the data position"):
-        loader.check_state({})
 
 
 def test_rank_outside_of_size(dataset: ShardDataset, tokenizer: Tokenizer) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llava_mcore.data.packing import ATTENTION_LENGTH, deal, pack
+from llava_mcore.data.packing import Cost, deal, pack
 
 
 def naive_best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -57,7 +57,7 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_dealing_loses_nothing_and_is_even(size: int, micro_batch_size: int, count: int) -> None:
     lengths = np.random.default_rng(count).integers(1, 1000, 2 * count).tolist()
     streams = [[2 * number, 2 * number + 1] for number in range(count)]
-    ranks = deal(streams, lengths, size, micro_batch_size)
+    ranks = deal(streams, [Cost().of(length, 0) for length in lengths], size, micro_batch_size)
     assert len(ranks) == size
     counts = {len(rank) for rank in ranks}
     assert len(counts) == 1 and counts.pop() % micro_batch_size == 0
@@ -69,6 +69,7 @@ def test_dealing_loses_nothing_and_is_even(size: int, micro_batch_size: int, cou
 def test_dealing_is_balanced() -> None:
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 32_768, 64).tolist()
-    ranks = deal([[number] for number in range(64)], lengths, 8, 1)
-    costs = [sum(lengths[i] + lengths[i] ** 2 / ATTENTION_LENGTH for stream in rank for i in stream) for rank in ranks]
-    assert max(costs) / (sum(costs) / 8) < 1.03
+    costs = [Cost(picture=300.0).of(length, number % 5) for number, length in enumerate(lengths)]
+    ranks = deal([[number] for number in range(64)], costs, 8, 1)
+    sums = [sum(costs[i] for stream in rank for i in stream) for rank in ranks]
+    assert max(sums) / (sum(sums) / 8) < 1.03

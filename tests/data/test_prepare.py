@@ -16,7 +16,8 @@ import pytest
 from llava_mcore.data import prepare
 from llava_mcore.data.errors import DatasetError
 from llava_mcore.data.image import open_rgb
-from llava_mcore.data.shards import ShardDataset, build_index
+from llava_mcore.data.index import build_index
+from llava_mcore.data.shards import ShardDataset
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "prepare_data.py"
 Picture = Callable[..., bytes]

@@ -14,7 +14,8 @@ import pytest
 import webdataset
 
 from llava_mcore.data.errors import DatasetError, SampleError
-from llava_mcore.data.shards import COLUMNS, ShardDataset, ShardWriter, build_index, safe_key
+from llava_mcore.data.index import build_index
+from llava_mcore.data.shards import COLUMNS, ShardDataset, ShardWriter, safe_key
 
 Picture = Callable[..., bytes]
 
@@ -89,6 +90,8 @@ def test_index_of_shards_from_elsewhere(tmp_path: Path, picture: Picture) -> Non
             "./dir/two.0.webp": picture(5, 6, "WEBP"),
             "./dir/two.mp4": b"film",
             "./dir/two.json": record(2),
+            "./dir/two.gif": b"GIF8",
+            "./dir/two.1.json": b"{}",
             "readme": b"no sample",
         },
     )
@@ -99,7 +102,10 @@ def test_index_of_shards_from_elsewhere(tmp_path: Path, picture: Picture) -> Non
     assert [dataset.key(index) for index in range(3)] == ["zero", "./dir/one", "./dir/two"]
     assert [dataset.read_record(index)["id"] for index in range(3)] == [0, 1, 2]
     assert dataset.picture_sizes(1) == [(7, 9)] and dataset.picture_sizes(2) == [(5, 6), (7, 9)]
-    assert dataset.ignored_members == {"txt": 1, "mp4": 1}
+    assert dataset.ignored_members == {"gif": 1, "1.json": 1}
+    assert [medium.extension for medium in dataset.media(2)] == ["webp", "mp4", "jpeg"]
+    assert dataset.media(2)[1].unreadable and dataset.unreadable == 1
+    assert "film" not in dataset.unreadable_reasons()[2] and ".mp4 at byte" in dataset.unreadable_reasons()[2]
 
 
 def test_pax_and_gnu_names(tmp_path: Path) -> None:
@@ -240,7 +246,7 @@ def test_pickle_and_threads(dataset: ShardDataset) -> None:
 
 
 def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llava_mcore.data.shards.OPEN_FILES", 3)
+    monkeypatch.setattr("llava_mcore.data.storage.OPEN_FILES", 3)
     with ShardWriter(tmp_path, 1) as writer:
         for number in range(20):
             writer.write(str(number), {"id": number}, [])

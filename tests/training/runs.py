@@ -87,7 +87,7 @@ class Material:
         """Settings of a run; ``changes`` are groups (``train={...}``) laid over the defaults above."""
         values: dict[str, Any] = {
             "model": MODEL,
-            "data": {"path": str(self.shards), "tokenizer": str(self.tokenizer), "sequence_length": 448},
+            "data": {"path": str(self.shards), "tokenizer": str(self.tokenizer), "sequence_length": 448, "packing_window": 0},
             "train": {**TRAIN, "output_dir": str(output_dir)},
             "parallel": {},
         }

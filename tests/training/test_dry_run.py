@@ -44,7 +44,8 @@ def material(tmp_path_factory):
     finally:
         sys.path.pop(0)
     folder = tmp_path_factory.mktemp("material")
-    return [f"data.path='{make_shards(folder / 'shards')}'", f"data.tokenizer='{make_tokenizer(folder / 'tokenizer')}'"]
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    return [f"data.path='{make_shards(folder / 'shards', tokenizer=tokenizer)}'", f"data.tokenizer='{tokenizer}'"]
 
 
 # ------------------------------------------------------------------------------------------------------------------ numbers

@@ -41,12 +41,13 @@ def test_at_another_layout(kept: KeptRuns, tmp_path: Path, first: str, then: str
     runs.assert_close(resumed, kept.whole("1"))
 
 
-def start(settings: Settings, folder: Path) -> subprocess.Popen[bytes]:
-    """The command a user types, on two processes."""
+def start(settings: Settings, folder: Path, processes: int = 2) -> subprocess.Popen[bytes]:
+    """The command a user types."""
     (folder / "experiment").mkdir(parents=True, exist_ok=True)
     (folder / "experiment" / "mine.yaml").write_text("# @package _global_\n" + dump_yaml(settings))
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "llava_mcore.train"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [*launch, "-m", "llava_mcore.train"]
     with (folder / "log").open("ab") as log:
         return subprocess.Popen(
             [*command, "--config-dir", str(folder), "experiment=mine"],

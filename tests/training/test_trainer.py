@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,13 @@ import runs
 from ranks import ranks
 from runs import KeptRuns, Material
 
-from llava_mcore.data.shards import ShardWriter, build_index
+from llava_mcore.data.index import build_index
+from llava_mcore.data.lengths import build_lengths
+from llava_mcore.data.shards import ShardWriter
 from llava_mcore.settings.schema import Settings
+from llava_mcore.training.data_state import QUARANTINE_LOG
 from llava_mcore.training.observe import read_metrics
-from llava_mcore.training.trainer import BAD_SAMPLES, Trainer
+from llava_mcore.training.trainer import Trainer
 
 
 @pytest.mark.parametrize("layout", ["TP2", "PP2", "CP2", "DP2", "DP2+overlap", "TP2xPP2", "TP2xDP2", "PP2xDP2"])
@@ -48,7 +53,7 @@ def test_packing_changes_nothing(runs_material: Material, tmp_path: Path) -> Non
 # ------------------------------------------------------------------------------------------------------------------ bad data
 
 
-BROKEN = (4, 9, 16, 23)
+BROKEN = (4, 9, 16, 23)  # two that only decoding finds, then two that the index does
 
 
 @pytest.fixture(scope="module")
@@ -67,26 +72,35 @@ def broken(tmp_path_factory: pytest.TempPathFactory, tokenizer: Path) -> Materia
                 del record["conversations"]
             writer.write(record["id"], record, pictures)
     build_index(folder)
+    build_lengths(folder, tokenizer, "vicuna_v1")
     return Material(folder, tokenizer)
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's quarantine log."""
+    return [json.loads(line) for line in (run / QUARANTINE_LOG).read_text().splitlines()]
 
 
 @pytest.mark.parametrize("layout", ["TP2", "DP2"])
 def test_bad_samples_are_skipped_and_named(broken: Material, tmp_path: Path, layout: str) -> None:
-    settings = broken.settings(tmp_path / "run", train={"steps": 4}, data={"max_bad_samples": len(BROKEN)})
+    settings = broken.settings(tmp_path / "run", train={"steps": 4}, data={"max_bad_samples": 2})
     assert len(runs.train(layout, settings).losses) == 4
-    listed = (tmp_path / "run" / BAD_SAMPLES).read_text()
-    assert sorted(int(line.split(".tar: s")[1].split(":")[0]) for line in listed.splitlines()) == sorted(BROKEN)
-    assert all(line.startswith("step ") and ".tar: s" in line for line in listed.splitlines())
+    lines = logged(tmp_path / "run")
+    assert sorted(line["key"] for line in lines) == sorted(f"s{number}" for number in BROKEN)
+    for line in lines:
+        assert line.keys() == {"step", "dataset", "shard", "key", "offset", "error"} and 1 <= line["step"] <= 4
+        with tarfile.open(broken.shards / line["shard"]) as tar:
+            assert line["offset"] in [info.offset_data for info in tar if info.name.startswith(line["key"] + ".")]
     metrics = read_metrics(tmp_path / "run")
-    assert metrics[-1]["bad_samples"] == len(BROKEN)
+    assert metrics[-1]["bad_samples"] == 2
     assert [line["bad_samples"] for line in metrics] == sorted(line["bad_samples"] for line in metrics)
 
 
 def test_the_count_survives_a_resume(broken: Material, tmp_path: Path) -> None:
     settings = broken.settings(tmp_path / "run", train={"steps": 4})
     runs.train("1", runs.changed(settings, train={"stop_after": 3}), settings)
-    assert read_metrics(tmp_path / "run")[-1]["bad_samples"] == len(BROKEN)
-    assert len((tmp_path / "run" / BAD_SAMPLES).read_text().splitlines()) == len(BROKEN)
+    assert read_metrics(tmp_path / "run")[-1]["bad_samples"] == 2
+    assert len(logged(tmp_path / "run")) == len(BROKEN)
 
 
 @pytest.mark.parametrize("layout", ["PP2", "DP2"])
@@ -95,8 +109,10 @@ def test_too_many_bad_samples_stop_every_rank(broken: Material, tmp_path: Path, 
     answers = ranks(2).run(runs.refused, runs.on(layout, settings))
     assert len(set(answers)) == 1
     kind, message = answers[0]
-    assert kind == "TrainingError"
-    assert "more than data.max_bad_samples=1; the last: shard-0000" in message and str(tmp_path / "run" / BAD_SAMPLES) in message
+    assert kind == "DataError"
+    assert (
+        "more than data.max_bad_samples=1; the last: shard-0000" in message and str(tmp_path / "run" / QUARANTINE_LOG) in message
+    )
 
 
 def fit_with_data_that_goes(settings: Settings, path: str, rank: int) -> Any:

@@ -39,6 +39,7 @@ class StepRecord:
         samples: samples of the step.
         pictures: pictures of the step.
         bad_samples: samples skipped since the start of the run.
+        waited: seconds of the step in which the model waited for data, mean over the ranks that read.
         flops: model FLOPs of the step (``FlopsCounter.step``).
         encoder_imbalance: longest over mean share of the pictures that were dealt over ranks; None where they were not.
     """
@@ -54,6 +55,7 @@ class StepRecord:
     samples: int
     pictures: int
     bad_samples: int = 0
+    waited: float = 0.0
     flops: int = 0
     encoder_imbalance: float | None = None
 
@@ -142,6 +144,7 @@ class Observer:
             "tokens_per_second": record.tokens / seconds,
             "padding": 1 - record.tokens / record.slots if record.slots else 0.0,
             "step_ms": 1000 * record.seconds,
+            "data_wait": record.waited / seconds,
             "model_tflops": record.flops / seconds / 1e12,
         }
         if self._peak:

@@ -1,6 +1,6 @@
 """One line a step for the eye::
 
-step   12/300 | loss 2.3456 | lr 1.00e-03 | norm 1.23 | 12,345 tok/s | pad 4.2% | 234 ms | 0.0123 TFLOP/s | eta 0:01:07
+step   12/300 | loss 2.3456 | lr 1.00e-03 | norm 1.23 | 9,345 tok/s | pad 4.2% | wait 0.3% | 234 ms | 0.0123 TFLOP/s | eta 0:01:07
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ def format_line(step: int, steps: int, metrics: Mapping[str, float], eta_seconds
     parts += [
         f"{metrics['tokens_per_second']:,.0f} tok/s",
         f"pad {metrics['padding']:.1%}",
+        f"wait {metrics['data_wait']:.1%}",
         f"{metrics['step_ms']:,.0f} ms",
         f"{metrics['model_tflops']:.3g} TFLOP/s",
     ]

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from llava_mcore.data.packing import Cost
 from llava_mcore.geometry import num_patches
 from llava_mcore.settings.schema import ModelSettings, Settings
 
@@ -107,6 +108,13 @@ class FlopsCounter:
     def forward(self, sample_lengths: Sequence[int], pictures: int) -> dict[str, int]:
         """FLOPs of the forward pass alone, by module."""
         return self._count(sample_lengths, pictures, backward=False)
+
+    def cost(self) -> Cost:
+        """What a sample costs in decoder tokens, for dealing streams to ranks: the same FLOPs, forward and backward."""
+        alone, two = self.step([1], 0), self.step([2], 0)
+        pair = two - 2 * alone  # a sample of L tokens has L (L + 1) / 2 pairs
+        token = alone - pair / 2
+        return Cost(attention_length=2 * token / pair, picture=self.step([], 1) / token)
 
     def _count(self, sample_lengths: Sequence[int], pictures: int, backward: bool) -> dict[str, int]:
         totals = dict.fromkeys(MODULES, 0)
