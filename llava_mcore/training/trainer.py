@@ -66,7 +66,7 @@ class Trainer:
         self.planner = Planner(
             blend,
             settings.data,
-            settings.model.vision.embeddings_per_image,
+            settings.model.geometry,
             seed=train.seed,
             global_batch_size=train.global_batch_size,
             total_samples=self.derived.total_samples,
@@ -173,7 +173,6 @@ class Trainer:
             self.planner,
             self.tokenizer,
             self.settings.data,
-            self.settings.model.vision,
             self.settings.model.image_token_id,
             rank=self.groups.dp.rank(),
             size=self.groups.dp.size(),
@@ -246,6 +245,7 @@ class Trainer:
             seconds=seconds,
             samples=step.samples,
             pictures=step.pictures,
+            visual_tokens=step.visual_tokens,
             bad_samples=self.data.bad_samples,
             waited=self.waited,
             flops=self.flops.step(step.sample_lengths, step.pictures),
@@ -253,15 +253,15 @@ class Trainer:
         )
 
     def _encoder_imbalance(self, step: Step) -> float | None:
-        """How unevenly the pictures of this replica's micro-batches fell on the ranks that encode them."""
+        """How unevenly the tiles of this replica's micro-batches fell on the ranks that encode them."""
         size = self.groups.encoders.size()
         if size == 1 or self.settings.parallel.encoder != "data_parallel":
             return None
-        each = self.settings.model.vision.embeddings_per_image
-        pictures = [len(batch.image_index_E) // each for batch in step.batches]
+        geometry = self.settings.model.geometry
+        tiles = [sum(map(geometry.tiles, batch.shapes)) for batch in step.batches]
         # The longest share of each micro-batch is what its other ranks wait for.
-        longest = sum(imbalance([1.0] * count, size) * count for count in pictures)
-        return longest / sum(pictures) if sum(pictures) else None
+        longest = sum(imbalance([1.0] * count, size) * count for count in tiles)
+        return longest / sum(tiles) if sum(tiles) else None
 
 
 def _startup_problems(settings: Settings) -> list[str]:
