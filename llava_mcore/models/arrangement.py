@@ -1,6 +1,7 @@
 """From the features of tiles to the embeddings of pictures and clips, in the order that ``geometry.arrange`` says.
 
-Shape suffixes: n tiles, P features of each, F features of all, R of all after pooling, E embeddings, M further rows, H width.
+Shape suffixes: n or m tiles, P features of each, s of them along a side, F features of all, R of all after pooling, E embeddings,
+M further rows, K features each is made of, H width.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from llava_mcore.geometry import Arrangement
+from llava_mcore.geometry import Arrangement, Geometry
 
 
 def pool_tiles(features_nPH: Tensor, strides: Sequence[int], how: str) -> Tensor:
@@ -50,34 +51,49 @@ def _pool(grid_mHss: Tensor, stride: int, how: str) -> Tensor:
     return F.interpolate(grid_mHss, size=size, mode="bilinear")
 
 
-def arranged(
-    features_FH: Tensor, order: Arrangement, newline_H: Tensor | None, faster_H: Tensor | None, chosen_e: Tensor | None = None
-) -> Tensor:
-    """Embeddings [E, H]: rows of features, further rows made of them, and learned tokens.
-
-    Each use of a learned token is a row of its own, so that their gradients are summed in one order on every device.
+class LearnedTokens(nn.Module):
+    """Puts embeddings in order, with what is learned to stand between rows and frames.
 
     Args:
-        features_FH: of all tiles of the micro-batch.
-        order: host-known.
-        newline_H: learned; None where the geometry uses none. It gets a gradient (of zero) even if nothing uses it.
-        faster_H: likewise.
-        chosen_e: int64 on the host, the embeddings that are wanted; None: all.
+        geometry: says which tokens there are.
+        width: of the decoder.
+        dtype: of the tokens.
     """
-    device, dtype = features_FH.device, features_FH.dtype
-    rows = [features_FH]
-    for token_H, uses in ((newline_H, order.newlines), (faster_H, order.fasters)):
-        if token_H is not None:
-            rows.append(token_H.to(dtype).expand(uses, -1))
-    if len(order.taps_MK):
-        taps = torch.from_numpy(order.taps_MK).to(device, non_blocking=True)
-        if order.weights_MK is None:
-            rows.append(features_FH[taps].amax(dim=1))
-        else:
-            weights = torch.from_numpy(order.weights_MK).to(device, non_blocking=True)
-            # One neighbour after the other: all at once would hold four times the rows.
-            made_MH = sum(features_FH[taps[:, k]] * weights[:, k, None] for k in range(taps.shape[1]))
-            rows.append(made_MH.to(dtype))  # type: ignore[union-attr]
-    index_E = torch.from_numpy(order.index_E)
-    index_E = index_E if chosen_e is None else index_E[chosen_e]
-    return torch.cat(rows).index_select(0, index_E.to(device, non_blocking=True))
+
+    def __init__(self, geometry: Geometry, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.newline = nn.Parameter(torch.empty(width, dtype=dtype)) if geometry.has_newline else None
+        self.faster = nn.Parameter(torch.empty(width, dtype=dtype)) if geometry.has_faster else None
+
+    def forward(self, features_FH: Tensor, order: Arrangement, chosen_e: Tensor | None = None) -> Tensor:
+        """Embeddings [E, H]: rows of features, further rows made of them, and learned tokens.
+
+        Args:
+            features_FH: of all tiles of the micro-batch.
+            order: host-known.
+            chosen_e: int64 on the host, the embeddings that are wanted; None: all.
+        """
+        device, dtype = features_FH.device, features_FH.dtype
+        rows = [features_FH]
+        for token_H, uses in ((self.newline, order.newlines), (self.faster, order.fasters)):
+            if token_H is not None:
+                # A row for each use, so that gradients are summed in one order on every device; none is a gradient of zero.
+                rows.append(token_H.to(dtype).expand(uses, -1))
+        if len(order.taps_MK):
+            taps_MK = torch.from_numpy(order.taps_MK).to(device, non_blocking=True)
+            if order.weights_MK is None:
+                rows.append(features_FH[taps_MK].amax(dim=1))
+            else:
+                weights_MK = torch.from_numpy(order.weights_MK).to(device, non_blocking=True)
+                rows.append(_weighted(features_FH, taps_MK, weights_MK).to(dtype))
+        index_E = torch.from_numpy(order.index_E)
+        index_E = index_E if chosen_e is None else index_E[chosen_e]
+        return torch.cat(rows).index_select(0, index_E.to(device, non_blocking=True))
+
+
+def _weighted(features_FH: Tensor, taps_MK: Tensor, weights_MK: Tensor) -> Tensor:
+    """Further rows [M, H], one of their K after another: all at once would hold K times the rows."""
+    made_MH = features_FH[taps_MK[:, 0]] * weights_MK[:, :1]
+    for k in range(1, taps_MK.shape[1]):
+        made_MH = made_MH + features_FH[taps_MK[:, k]] * weights_MK[:, k : k + 1]
+    return made_MH

@@ -27,7 +27,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from llava_mcore.geometry import SINGLE, Shape, arrange
-from llava_mcore.models.arrangement import arranged, pool_tiles
+from llava_mcore.models.arrangement import LearnedTokens, pool_tiles
 from llava_mcore.models.attention import PackedSamples
 from llava_mcore.models.backend import resolve_here
 from llava_mcore.models.config import DTYPES, KEEP_ALL, PORTABLE, Recompute, decoder_config, projector_config, tower_config
@@ -134,9 +134,7 @@ class LlavaModel(MegatronModule):
                     model.vision.hidden_size,
                     tp_group=groups.tower.tp,
                 )
-            width = torch.empty(model.language.hidden_size, dtype=DTYPES[dtype])
-            self.image_newline = torch.nn.Parameter(width.clone()) if model.geometry.has_newline else None
-            self.faster_token = torch.nn.Parameter(width.clone()) if model.geometry.has_faster else None
+            self.learned_tokens = LearnedTokens(model.geometry, model.language.hidden_size, DTYPES[dtype])
         self.geometry = model.geometry
         self.language_model = LanguageModel(
             config, model.language, groups.mcore, self.pre_process, self.post_process, self.vp_stage
@@ -168,7 +166,7 @@ class LlavaModel(MegatronModule):
             return image_EH if chosen_e is None else image_EH[chosen_e.to(image_EH.device, non_blocking=True)]
         order = arrange(self.geometry, shapes or (SINGLE,) * len(pixel_values_NChw))
         features_FH = self._encode_dealt(pixel_values_NChw, order.strides, order.rows)
-        return arranged(features_FH, order, self.image_newline, self.faster_token, chosen_e)
+        return self.learned_tokens(features_FH, order, chosen_e)
 
     def _encode_dealt(self, pixel_values_NChw: Tensor, strides: Sequence[int] | None, rows: Sequence[int] | None) -> Tensor:
         """Features [F, H] of all tiles, dealt over the ranks that encode; ``strides`` and ``rows`` as in ``Arrangement``."""

@@ -19,7 +19,7 @@ from llava_mcore.data.sources import mixture_of, open_blend
 from llava_mcore.data.tokenizer import load_tokenizer
 from llava_mcore.models.backend import problems_here
 from llava_mcore.models.config import Recompute
-from llava_mcore.models.initialize import initialize
+from llava_mcore.models.initialize import LEARNED_TOKENS, initialize
 from llava_mcore.models.llava import build_model
 from llava_mcore.parallel import groups as process_groups
 from llava_mcore.parallel.broadcast import share_steps
@@ -149,6 +149,8 @@ class Trainer:
         if source is None:
             initialize(self.model, self.settings.train.seed, sharding_metadata(self.groups))
             return
+        # What a source without tiles or clips has not learned.
+        initialize(self.model, self.settings.train.seed, sharding_metadata(self.groups), only=LEARNED_TOKENS)
         if checkpoint_folder.is_hf(source):
             load_hf_into(model_state(self.model, self.groups), source)
         else:
