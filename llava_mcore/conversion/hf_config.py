@@ -197,13 +197,22 @@ def set_dtype(config: Config, dtype: str) -> Config:
     return new
 
 
-def preprocessor(vision: VisionSettings, data: Mapping[str, Any]) -> Config:
+PROCESSORS = {
+    "llava": "LlavaProcessor",
+    "llava_next": "LlavaNextProcessor",
+    "llava_next_video": "LlavaNextVideoProcessor",
+    "llava_onevision": "LlavaOnevisionProcessor",
+}
+
+
+def preprocessor(model: ModelSettings, data: Mapping[str, Any]) -> Config:
     """A preprocessor_config.json for the pictures a model was trained on.
 
     Args:
-        vision: the tower.
+        model: tower and tiles.
         data: ``image_mode``, ``image_mean`` and ``image_std`` of the data settings.
     """
+    vision = model.vision
     config = {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
@@ -218,7 +227,15 @@ def preprocessor(vision: VisionSettings, data: Mapping[str, Any]) -> Config:
         "image_mean": list(data["image_mean"]),
         "image_std": list(data["image_std"]),
     }
-    if data["image_mode"] == "pad":  # CLIP's processor cannot pad; LLaVA's does, with the mean colour as here
+    if model.anyres is not None:
+        kind = visual.class_of(model)
+        name = "LlavaOnevisionImageProcessor" if kind == "llava_onevision" else "LlavaNextImageProcessor"
+        pinpoints = visual.entries(model, kind)["image_grid_pinpoints"]
+        side = {"height": vision.image_size, "width": vision.image_size}
+        config |= {"image_processor_type": name, "image_grid_pinpoints": pinpoints, "do_pad": True, "size": side}
+    elif data["image_mode"] == "stretch":
+        config |= {"size": {"height": vision.image_size, "width": vision.image_size}, "do_center_crop": False}
+    elif data["image_mode"] == "pad":  # CLIP's processor cannot pad; LLaVA's does, with the mean colour as here
         config |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
     return config
 

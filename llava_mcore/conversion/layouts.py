@@ -1,7 +1,8 @@
 """The published layouts: whose names have which prefixes, and what their config.json says, told in the words of llava-hf's.
 
 ``llava``, ``llava_next``, ``llava_next_video`` and ``llava_onevision`` are transformers' classes, in all generations of their key
-names, ``original`` is LLaVA's own code (``model.mm_projector.0.weight``, with or without the tower), ``decoder`` a language model alone. No torch.
+names, ``original`` is LLaVA's own code (``model.mm_projector.0.weight``, with or without the tower), ``decoder`` a language model
+alone. No torch.
 """
 
 from __future__ import annotations
