@@ -1,4 +1,4 @@
-"""From the features of tiles to the embeddings of pictures and clips, in the order that ``geometry.arrange`` says.
+"""From the features of tiles to the embeddings of pictures and clips, in the order that ``embedding_order`` says.
 
 Shape suffixes: n or m tiles, P features of each, s of them along a side, F features of all, R of all after pooling, E embeddings,
 M further rows, K features each is made of, H width.
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llava_mcore.geometry import Arrangement, Geometry
+from llava_mcore.geometry import Geometry
+from llava_mcore.models.embedding_order import Arrangement
 
 
 def pool_tiles(features_nPH: Tensor, strides: Sequence[int], how: str) -> Tensor:

@@ -26,11 +26,12 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from llava_mcore.geometry import SINGLE, Shape, arrange
+from llava_mcore.geometry import SINGLE, Shape
 from llava_mcore.models.arrangement import LearnedTokens, pool_tiles
 from llava_mcore.models.attention import PackedSamples
 from llava_mcore.models.backend import resolve_here
 from llava_mcore.models.config import DTYPES, KEEP_ALL, PORTABLE, Recompute, decoder_config, projector_config, tower_config
+from llava_mcore.models.embedding_order import arrange
 from llava_mcore.models.language import LanguageModel
 from llava_mcore.models.layers import mlp_submodules, parts_of, unmark_unsplit
 from llava_mcore.models.vision import VisionTower

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from llava_mcore.geometry.shapes import SINGLE, Geometry, Shape
+from llava_mcore.geometry import SINGLE, Geometry, Shape
 
 # What an embedding is that is no row of features; further rows are counted down from the last.
 NEWLINE, FASTER, FURTHER = -1, -2, -3

@@ -1,7 +1,7 @@
 """Pure arithmetic of pictures and clips: from a size to tiles, grids and the exact number of embeddings.
 
 One truth for both sides: the loader writes as many placeholders as are counted here, the decoder cuts the tiles named here, and
-the model arranges its features by the index that ``arrange`` makes and never counts anything. No torch.
+the model arranges its features accordingly and never counts anything. No torch.
 
 A picture is one tile (``data.image_mode``), or several (LLaVA-NeXT's anyres: Liu et al., 2024): a small one of the whole, then a
 grid of tiles of it, whose features are put together again. A clip is a tile a frame.
@@ -125,7 +125,7 @@ class Geometry:
         return cut.rows * cut.columns + self.anyres.base
 
     def embeddings(self, shape: Shape) -> int:
-        """Places in the stream: as many as the index of ``arrange.layout`` has."""
+        """Places in the stream: as many as ``models.embedding_order`` puts in order."""
         if shape.frames:
             per_clip = {"grid": 0, "frame": 0, "one_token": 1, "no_token": 0}[self.video.newline]
             return sum(self._frame_places(stride) for stride in self.strides(shape)) + per_clip
