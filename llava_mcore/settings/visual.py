@@ -21,20 +21,20 @@ class AnyresSettings:
         "(image_grid_pinpoints divided by the tower's image_size)",
     )
     merge: Literal["flat", "spatial", "unpad", "maxpool2x2"] = Field(
-        "unpad",
+        default="unpad",
         description="embeddings tile after tile (flat), row by row over the whole grid (spatial), without the margins and with a "
         "learned newline after each row (unpad), or the largest of every 2 x 2 (maxpool2x2)",
     )
-    base: bool = Field(True, description="the whole picture as a tile before the grid; false: nobase")
+    base: bool = Field(default=True, description="the whole picture as a tile before the grid; false: nobase")
     max_tiles: Positive | None = Field(
-        None, description="anyres_max_N: a grid of more embeddings than N tiles' is interpolated down (null: never)"
+        default=None, description="anyres_max_N: a grid of more embeddings than N tiles' is interpolated down (null: never)"
     )
     convention: Literal["hf", "llava"] = Field(
-        "hf",
+        default="hf",
         description="how a margin's length is rounded: as transformers does, or as LLaVA's own code (0.01 % of sizes differ)",
     )
     several: Literal["tiles", "single"] = Field(
-        "tiles", description="pictures of a sample that has several: each cut into tiles, or one tile as data.image_mode makes it"
+        default="tiles", description="pictures of a sample that has several: each cut into tiles, or one tile as data.image_mode makes it"
     )
 
     @model_validator(mode="after")
