@@ -35,11 +35,15 @@ def round_up(value: int, multiple: int) -> int:
 
 
 class Shape(NamedTuple):
-    """What counts of a medium: nothing of a picture of one tile, pixels of one of several, frames of a clip."""
+    """What counts of a medium: nothing of a picture of one tile, pixels of one of several, frames of a clip.
+
+    ``seconds`` are the times of the frames, where the model looks at them; no count depends on them.
+    """
 
     width: int = 0
     height: int = 0
     frames: int = 0
+    seconds: tuple[float, ...] = ()
 
 
 SINGLE = Shape()
@@ -74,6 +78,7 @@ class Frames:
     stride: int = 1
     newline: Literal["grid", "frame", "one_token", "no_token"] = "no_token"
     slow_every: int | None = None
+    time_period: float | None = None
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,8 @@ class Geometry:
     @property
     def plain(self) -> bool:
         """Whether every tile's features are embeddings as they are, tile after tile."""
-        return not self.has_newline and not self.has_faster and self.anyres is None and self.video.pool == "none"
+        learned = self.has_newline or self.has_faster or self.has_time
+        return not learned and self.anyres is None and self.video.pool == "none"
 
     @property
     def has_newline(self) -> bool:
@@ -108,6 +114,11 @@ class Geometry:
     def has_faster(self) -> bool:
         """Whether a token that ends frames is learned."""
         return self.video.slow_every is not None
+
+    @property
+    def has_time(self) -> bool:
+        """Whether frames are told their time."""
+        return self.video.time_period is not None
 
     def picture(self, width: int, height: int, several: bool) -> Shape:
         """The shape of a picture of so many pixels, in a sample with ``several`` or alone."""

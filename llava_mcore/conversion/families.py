@@ -78,10 +78,9 @@ def families(model: ModelSettings) -> dict[str, Names]:
     Raises:
         ConversionError: for what no published model has.
     """
-    if model.geometry.has_faster:
-        raise ConversionError(
-            "model.video.slow_every: no class of transformers has its learned token, so there is no published form"
-        )
+    for setting, learned in (("slow_every", model.geometry.has_faster), ("time_period", model.geometry.has_time)):
+        if learned:
+            raise ConversionError(f"model.video.{setting}: no published model has what it learns, so it has no published form")
     if model.projector.type not in PROJECTORS:
         raise ConversionError(
             f"model.projector.type={model.projector.type}: LlavaForConditionalGeneration can only express "

@@ -215,7 +215,7 @@ class StreamLoader:
                 f"{dataset.path}, {dataset.name(sample.index)} has {len(tokens.input_ids)} tokens where the index says "
                 f"{sample.length}; build it anew: `{command_of(dataset.path, 'TOKENIZER', self._reading.how)} --force`"
             )
-        return _Raw(tokens, requests, self._reading.shapes(dataset, sample.index))
+        return _Raw(tokens, requests, self._reading.shapes(dataset, sample.index, self.planner.seed, sample.epoch))
 
     def _build(self, work: _Work, decoder: Decoder) -> Step:
         """This rank's batches of a step."""

@@ -63,16 +63,31 @@ class Reading:
         """As the settings of a run ask for."""
         return cls(tokenizer, rendering_of(data), frames_of(data), geometry, image_token_id)
 
-    def shapes(self, dataset: ShardDataset, index: int) -> list[Shape]:
-        """The pictures and clips of a sample; a sound is none, its encoder comes later."""
+    def shapes(self, dataset: ShardDataset, index: int, *identity: int) -> list[Shape]:
+        """The pictures and clips of a sample; a sound is none, its encoder comes later.
+
+        Args:
+            dataset: the dataset.
+            index: of the sample.
+            identity: as in ``requests``; it matters for the times of frames only.
+        """
         media = [medium for medium in dataset.media(index) if medium.family in (PICTURE, VIDEO)]
         several = sum(medium.family == PICTURE for medium in media) > 1
         return [
-            Shape(frames=self.frames.count(medium.frames, medium.fps))
+            self._clip(medium, int(key(index, *identity)[0]))
             if medium.family == VIDEO
             else self.geometry.picture(medium.width, medium.height, several)
             for medium in media
         ]
+
+    def _clip(self, medium: Medium, choice: int) -> Shape:
+        frames, fps = medium.frames, medium.fps
+        if not self.geometry.has_time:
+            return Shape(frames=self.frames.count(frames, fps))
+        # The index knows the average rate: exact but for videos whose rate varies.
+        times = np.arange(frames) / (fps or 1.0)
+        seconds = tuple(times[self.frames.choose(times, fps, choice)].tolist())
+        return Shape(frames=len(seconds), seconds=seconds)
 
     def encode(self, dataset: ShardDataset, index: int, record: dict[str, Any]) -> EncodedSample:
         """Tokenises a sample for training.

@@ -1,7 +1,7 @@
 """From the features of tiles to the embeddings of pictures and clips, in the order that ``embedding_order`` says.
 
 Shape suffixes: n or m tiles, P features of each, s of them along a side, F features of all, R of all after pooling, E embeddings,
-M further rows, K features each is made of, H width.
+M further rows, K features each is made of, N all tiles, H width.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class LearnedTokens(nn.Module):
         super().__init__()
         self.newline = nn.Parameter(torch.empty(width, dtype=dtype)) if geometry.has_newline else None
         self.faster = nn.Parameter(torch.empty(width, dtype=dtype)) if geometry.has_faster else None
+        self.time_gate = nn.Parameter(torch.zeros(width, dtype=dtype)) if geometry.has_time else None
+        self._period = geometry.video.time_period
 
     def forward(self, features_FH: Tensor, order: Arrangement, chosen_e: Tensor | None = None) -> Tensor:
         """Embeddings [E, H]: rows of features, further rows made of them, and learned tokens.
@@ -75,6 +77,11 @@ class LearnedTokens(nn.Module):
             chosen_e: int64 on the host, the embeddings that are wanted; None: all.
         """
         device, dtype = features_FH.device, features_FH.dtype
+        if self.time_gate is not None and self._period is not None:
+            table_NH = sinusoids(order.seconds, self.time_gate.shape[0], self._period).to(device, dtype, non_blocking=True)
+            each = torch.tensor(order.rows, dtype=torch.int64).to(device, non_blocking=True)
+            times_FH = table_NH.repeat_interleave(each, dim=0, output_size=len(features_FH))
+            features_FH = features_FH + self.time_gate.to(dtype) * times_FH
         rows = [features_FH]
         for token_H, uses in ((self.newline, order.newlines), (self.faster, order.fasters)):
             if token_H is not None:
@@ -90,6 +97,18 @@ class LearnedTokens(nn.Module):
         index_E = torch.from_numpy(order.index_E)
         index_E = index_E if chosen_e is None else index_E[chosen_e]
         return torch.cat(rows).index_select(0, index_E.to(device, non_blocking=True))
+
+
+def sinusoids(seconds: Sequence[float], width: int, period: float) -> Tensor:
+    """Cosines and sines of times [N, H], float32: frequencies from 1 to 1 / ``period`` radians a second in equal ratios (as of
+    positions in Vaswani et al., 2017); zeros where the time is nan.
+    """
+    half = width // 2
+    frequencies = np.power(period, -np.arange(half) / max(1, half - 1))
+    angles = np.array(seconds, dtype=np.float64).reshape(-1, 1) * frequencies
+    table = np.zeros((len(seconds), width), dtype=np.float32)
+    table[:, : 2 * half] = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    return torch.from_numpy(np.nan_to_num(table))
 
 
 def _weighted(features_FH: Tensor, taps_MK: Tensor, weights_MK: Tensor) -> Tensor:

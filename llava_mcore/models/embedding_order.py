@@ -8,6 +8,7 @@ Shape suffixes: E embeddings, M further rows, K the rows of features each is mad
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -45,6 +46,7 @@ class Arrangement:
 
     Attributes:
         strides: of each tile.
+        seconds: when each tile is shown, nan for pictures; empty where the model does not look at it.
         rows: of features each tile becomes.
         index_E: int64, rows of [features; one newline for each use; one faster token for each use; further rows].
         newlines: uses of the newline.
@@ -54,6 +56,7 @@ class Arrangement:
     """
 
     strides: tuple[int, ...]
+    seconds: tuple[float, ...]
     rows: tuple[int, ...]
     index_E: np.ndarray
     newlines: int
@@ -63,8 +66,17 @@ class Arrangement:
 
 
 def arrange(geometry: Geometry, shapes: Sequence[Shape]) -> Arrangement:
-    """Tiles and arrangement of the media of a micro-batch, in order."""
-    layouts = [layout(geometry, shape) for shape in shapes]
+    """Tiles and arrangement of the media of a micro-batch, in order.
+
+    Raises:
+        ValueError: the model looks at the times of frames, and a clip has none.
+    """
+    layouts = [layout(geometry, shape._replace(seconds=())) for shape in shapes]
+    seconds: list[float] = []
+    for shape in shapes if geometry.has_time else ():
+        if len(shape.seconds) != shape.frames:
+            raise ValueError(f"a clip of {shape.frames} frames has {len(shape.seconds)} times")
+        seconds += shape.seconds or [math.nan] * geometry.tiles(shape)
     strides = tuple(stride for one in layouts for stride in one.strides)
     index, taps = [np.empty(0, dtype=np.int64)], [NO_TAPS]
     features = made = 0
@@ -83,6 +95,7 @@ def arrange(geometry: Geometry, shapes: Sequence[Shape]) -> Arrangement:
     weights = [one.weights_MK for one in layouts if one.weights_MK is not None]
     return Arrangement(
         strides,
+        tuple(seconds),
         tuple(map(geometry.rows, strides)),
         index_E,
         newlines,

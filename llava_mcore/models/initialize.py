@@ -23,7 +23,7 @@ def initialize(model: ModelParts, seed: int, metadata: dict, only: str = "") -> 
 
     Matrices and embeddings of tower and decoder are normal with ``init_std``; norms one and zero; biases zero; the projector
     is uniform in +-1/sqrt(inputs), weights and biases, as torch initialises a linear layer and as LLaVA starts it; learned tokens
-    are normal with 1/sqrt(width).
+    are normal with 1/sqrt(width), the gate of times is zero.
 
     Args:
         model: the parts of the model this rank holds (``models.llava.build_model``).
@@ -50,6 +50,8 @@ def draw(name: str, shape: tuple[int, ...], model: ModelSettings, seed: int) -> 
     if name.startswith("projector."):
         inputs = model.language.hidden_size if "linear_fc2" in name else model.vision.hidden_size
         return whole.uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
+    if name == LEARNED_TOKENS + "time_gate":
+        return whole
     if name.startswith(LEARNED_TOKENS):  # as in LLaVA-NeXT and LLaVA-Video
         return whole.normal_(0.0, model.language.hidden_size**-0.5, generator=generator)
     if name.endswith("bias"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
@@ -34,7 +34,8 @@ class AnyresSettings:
         description="how a margin's length is rounded: as transformers does, or as LLaVA's own code (0.01 % of sizes differ)",
     )
     several: Literal["tiles", "single"] = Field(
-        default="tiles", description="pictures of a sample that has several: each cut into tiles, or one tile as data.image_mode makes it"
+        default="tiles",
+        description="pictures of a sample that has several: each cut into tiles, or one tile as data.image_mode makes it",
     )
 
     @model_validator(mode="after")
@@ -75,6 +76,12 @@ class VideoSettings:
         "ends each (null: all frames alike; LLaVA-Video: 10)",
     )
 
+    time_period: Annotated[float, Field(gt=1)] | None = Field(
+        default=None,
+        description="a sinusoid of each frame's time is added to its embeddings, through a gate that is learned from zero; its "
+        "frequencies go from 1 radian a second down to one in so many seconds (null: frames are told no time)",
+    )
+
     @model_validator(mode="after")
     def _check(self) -> VideoSettings:
         fail_on(["slow_every needs pool=average, max or bilinear"] if self.slow_every and self.pool == "none" else [])
@@ -83,4 +90,4 @@ class VideoSettings:
     @property
     def geometry(self) -> Frames:
         """As the geometry has it."""
-        return Frames(self.pool, self.stride, self.newline, self.slow_every)
+        return Frames(self.pool, self.stride, self.newline, self.slow_every, self.time_period)

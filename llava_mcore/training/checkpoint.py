@@ -77,7 +77,7 @@ def load_model(path: str | Path, model: ModelParts, groups: Groups) -> None:
     require_same_model(path, model.settings, but_for=("model.vision.image_size", "model.anyres", "model.video"))
     stored = folder.read_model_settings(path)
     states, positions = model_state(model, groups), stored.vision.positions
-    held = {"newline": stored.geometry.has_newline, "faster": stored.geometry.has_faster}
+    held = {"newline": stored.geometry.has_newline, "faster": stored.geometry.has_faster, "time_gate": stored.geometry.has_time}
     for state in states.values():
         for name in (LEARNED_TOKENS + token for token, there in held.items() if not there):
             state.pop(name, None)

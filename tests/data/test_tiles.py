@@ -109,16 +109,19 @@ def test_a_picture_too_large_is_left_out_by_the_plan(pictures: ShardDataset, tok
     assert len(left_out) == 2 * len(SIZES) and all("its pictures do not fit" in why for _, why in left_out)
 
 
-def test_frames_of_a_clip(clip_dataset: ShardDataset, tokenizer: Tokenizer) -> None:
-    """Clips of one frame and of many: a newline for each, pooled frames, tiles as many as frames."""
-    geometry = Geometry(28, 4, video=Frames("average", 2, "one_token"))
+@pytest.mark.parametrize("period", [None, 60.0])
+def test_frames_of_a_clip(clip_dataset: ShardDataset, tokenizer: Tokenizer, period: float | None) -> None:
+    """Clips of one frame and of many: a newline for each, pooled frames, tiles as many as frames, and their times."""
+    geometry = Geometry(28, 4, video=Frames("average", 2, "one_token", time_period=period))
     data = replace(DATA, path=str(clip_dataset.path), video_frames=6)
     blend = open_blend(data, tokenizer, 1, len(clip_dataset))
     planner = Planner(blend, data, geometry, seed=1, global_batch_size=len(clip_dataset), total_samples=len(clip_dataset))
     (step,) = StreamLoader(planner, tokenizer, data, IMAGE_ID, rank=0, size=1, micro_batch_size=1)
     assert not step.bad
     shapes = sorted(shape for batch in step.batches for shape in batch.shapes)
-    assert shapes == [Shape(frames=1), Shape(frames=6)]
+    seconds = ((0.0,), tuple(number / 30 for number in (1, 5, 8, 11, 15, 18))) if period else ((), ())
+    assert [shape.frames for shape in shapes] == [1, 6]
+    assert [shape.seconds for shape in shapes] == [pytest.approx(times) for times in seconds]
     assert step.visual_tokens == (1 * 4 + 1) + (6 * 4 + 1) and step.pictures == 7
 
 

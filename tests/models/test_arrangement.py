@@ -118,3 +118,32 @@ def _with(tokens: LearnedTokens, newline: Tensor) -> LearnedTokens:
     del other.newline
     other.newline, other.faster = newline, tokens.faster  # type: ignore[assignment]
     return other
+
+
+def test_times_of_frames() -> None:
+    """A gate of zero changes nothing, to the last bit; an open one adds one vector to all embeddings of a frame and no other."""
+    video = Frames("average", 2, "frame", time_period=100.0)
+    geometry, untold = (Geometry(28, 4, video=each) for each in (video, replace(video, time_period=None)))
+    clip = Shape(frames=3, seconds=(0.0, 0.5, 7.25))
+    order = arrange(geometry, [SINGLE, clip, SINGLE])
+    features, told = torch.randn(sum(order.rows), WIDTH), tokens_of(geometry, torch.float32)
+    plain = LearnedTokens(untold, WIDTH, torch.float32)
+    assert told.time_gate is not None
+    told.time_gate.data.zero_()
+    plain.load_state_dict({"newline": told.newline})
+    expected = plain(features, arrange(untold, [SINGLE, clip._replace(seconds=()), SINGLE]))
+    assert torch.equal(told(features, order), expected)
+
+    told.time_gate.data.fill_(2.0)
+    added = told(features, order) - expected
+    picture, frame = 16, 4
+    assert not added[:picture].any() and not added[-picture:].any()
+    for number, time in enumerate(clip.seconds):
+        rows = added[picture + number * (frame + 1) :][: frame + 1]
+        angles = torch.tensor([time, time * 100**-0.5, time / 100])
+        wanted = 2 * torch.cat([angles.cos(), angles.sin()])
+        assert torch.allclose(rows[:frame], wanted.expand(frame, -1), atol=1e-6) and not rows[frame].any()
+    told(features, order).sum().backward()
+    assert told.time_gate.grad is not None and told.time_gate.grad.any()
+    with pytest.raises(ValueError, match="a clip of 3 frames has 0 times"):
+        arrange(geometry, [Shape(frames=3)])
