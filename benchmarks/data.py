@@ -1,4 +1,4 @@
-"""Data: planning, starting, indexing, host memory, against what is usually done.
+"""Data: planning, starting, indexing, host memory, pictures and clips a second, against what is usually done.
 
 python benchmarks/data.py [--quick] [--json FILE] [--only MEASURE ...]
 """
@@ -18,6 +18,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import _media  # noqa: E402
 from _common import Measure, alternate, run  # noqa: E402
 from _text import make_tokenizer  # noqa: E402
 
@@ -294,7 +295,7 @@ def small_shards(folder: Path, count: int) -> Path:
     return folder
 
 
-MEASURES = {"planning": planning, "start": start, "walking": walking, "memory": memory}
+MEASURES = {"planning": planning, "start": start, "walking": walking, "memory": memory, **_media.MEASURES}
 
 if __name__ == "__main__":
     run("data", __doc__ or "", MEASURES)

@@ -42,7 +42,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("source", metavar="CHECKPOINT")
     command.add_argument("out", metavar="HF_FOLDER")
     command.add_argument(
-        "--layout", choices=["source", "llava-hf"], default="source", help="as it was imported (default), or for transformers"
+        "--layout",
+        choices=["source", "llava-hf", "decoder"],
+        default="source",
+        help="as it was imported (default), for transformers, or the language model alone",
     )
     _conversion(command)
     command = commands.add_parser("verify", help="compare two checkpoints of either kind, bit for bit")

@@ -36,9 +36,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
-    shard = commands.add_parser("shard", help="LLaVA JSON or JSONL and pictures -> shards with an index")
+    shard = commands.add_parser("shard", help="LLaVA JSON or JSONL and media -> shards with an index")
     shard.add_argument("--input", required=True, help="LLaVA .json (a list) or .jsonl (an object a line)")
-    shard.add_argument("--media", required=True, help="folder that `image` names are relative to")
+    shard.add_argument("--media", required=True, help="folder that `image`, `video` and `audio` names are relative to")
     shard.add_argument("--output", required=True, help="folder to write; appears only when it is complete")
     shard.add_argument("--samples-per-shard", type=int, default=1000)
     shard.add_argument("--overwrite", action="store_true", help="replace --output if it exists")
@@ -114,7 +114,7 @@ def run_shard(arguments: argparse.Namespace) -> int:
         )
     for problem in report.problems:
         print(f"left out: {problem}")
-    print(f"{arguments.output}: {report.samples} samples, {report.pictures} pictures, {len(report.problems)} bad left out")
+    print(f"{arguments.output}: {report.samples} samples, {report.media} media, {len(report.problems)} bad left out")
     return 0
 
 
@@ -199,7 +199,7 @@ def run_lint(arguments: argparse.Namespace) -> int:
             report = prepare.lint_json(arguments.source, arguments.media, check, progress.update, records)
     for problem in report.problems:
         print(problem)
-    print(f"{report.samples} samples, {report.pictures} pictures, {len(report.problems)} problems")
+    print(f"{report.samples} samples, {report.media} media, {len(report.problems)} problems")
     for kind, count in report.counts().most_common():
         print(f"  {count:8d}  {kind}")
     return 1 if report.problems else 0

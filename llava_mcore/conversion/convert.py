@@ -38,7 +38,7 @@ from llava_mcore.platform import device
 from llava_mcore.training import checkpoint_folder as folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LAYOUTS = ("source", "llava-hf")
+LAYOUTS = ("source", "llava-hf", "decoder")
 
 
 def import_hf(
@@ -131,7 +131,8 @@ def export_hf(
     Args:
         checkpoint: the checkpoint; its optimizer is not read.
         out: the folder to write.
-        layout: "source": as it was imported; "llava-hf": for transformers, whatever it was imported from.
+        layout: "source": as it was imported; "llava-hf": for transformers, whatever it was imported from; "decoder": its
+            language model alone, as ``AutoModelForCausalLM`` loads it.
         dtype: float32, bfloat16 or float16 for all weights (None: as they are).
         overwrite: replace an existing folder.
         verify: read everything back and compare it with the checkpoint before the folder takes its name.
@@ -151,13 +152,13 @@ def export_hf(
     _require_apart(checkpoint, out)
     if layout not in LAYOUTS:
         raise ConversionError(f"layout {layout!r} is unknown; known: {', '.join(LAYOUTS)}")
-    with closing(CheckpointView(checkpoint, published=layout == "source")) as view:
+    with closing(CheckpointView(checkpoint, layout)) as view:
         form = exported.form_of(view)
         infos = {name: _cast_info(info, target) for name, info in form.infos.items()}
         with _writing(out, view, target, overwrite) as partial:
             places = lay_out(partial, infos, shard_plan(infos, max_shard_bytes))
             tensors = [(t, view.info(t).nbytes) for t in view.plan.tensors if t.module in view.modules]
-            shares = [ExportShare(view.path, view.published, partial, places, keys, target) for keys in cut(tensors, processes)]
+            shares = [ExportShare(view.path, view.asked, partial, places, keys, target) for keys in cut(tensors, processes)]
             moved = workers.run(export_share, shares, progress)
             sums = put(partial, places, _loose(form.loose(), target, progress))
             hf_files.write(view, form, partial, Counter(info.dtype for info in infos.values()).most_common(1)[0][0])

@@ -165,10 +165,6 @@ class DistributedReader:
         assert whole is not None
         return whole
 
-    def checksums(self, key: str) -> list[int]:
-        """The CRC-32 of each part of a tensor, as written; nothing is read but their headers."""
-        return [archive.crc(stored) for archive, stored in (self._archive(key, chunk) for chunk in self._chunks[key])]
-
     def close(self) -> None:
         """Closes the files."""
         for descriptor in self._descriptors.values():

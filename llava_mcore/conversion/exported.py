@@ -54,6 +54,8 @@ def form_of(view: CheckpointView) -> Form:
     Raises:
         ConversionError: something that the source held did not come along, or has no place in the layout.
     """
+    if view.asked == "decoder":
+        return Form(view.settings, True, _built(view), {}, {}, view)
     has_config = (view.path / folder.HF / CONFIG).is_file()
     imported_as = view.source.get("kind", "llava")
     newline = sorted(set(NEWLINE) & view.unused().keys())
@@ -76,6 +78,13 @@ def form_of(view: CheckpointView) -> Form:
     if scratch and view.plan.unused.keys() - kept.keys():
         model, made = as_scratch(view.settings), _identity(view)
         kept = {}
+    extra = {name: Info(tuple(tensor.shape), tensor.dtype, "") for name, tensor in made.items()}
+    infos = {**_built(view), **kept, **extra}
+    return Form(model, scratch, infos, kept, made, view)
+
+
+def _built(view: CheckpointView) -> dict[str, Info]:
+    """The published tensors of what the model builds and the layout holds."""
     infos: dict[str, Info] = {}
     for entry in view.plan.tensors:
         if entry.module not in view.modules:
@@ -84,9 +93,7 @@ def form_of(view: CheckpointView) -> Form:
             infos[name] = Info(shape, view.info(entry).dtype, "")
             if view.tied_head and name == view.embedding:
                 infos[view.tied_head] = infos[name]
-    infos |= kept
-    infos |= {name: Info(tuple(tensor.shape), tensor.dtype, "") for name, tensor in made.items()}
-    return Form(model, scratch, infos, kept, made, view)
+    return infos
 
 
 def as_scratch(model: ModelSettings) -> ModelSettings:

@@ -287,7 +287,7 @@ def _unsupported(part: Config, only: Mapping[str, tuple[Any, ...]], prefix: str)
 
 def _rope(text: Config, family: Family) -> tuple[Config, list[str]]:
     """Settings of the rotary embedding, from transformers 5's ``rope_parameters`` or 4's ``rope_theta`` and ``rope_scaling``."""
-    entry = {**(text.get("rope_scaling") or {}), **(text.get("rope_parameters") or {})}
+    entry = dict(text.get("rope_scaling") or text.get("rope_parameters") or {})  # the older one wins in transformers, too
     kind = entry.pop("rope_type", None) or entry.pop("type", None) or "default"
     entry.pop("type", None)
     base = entry.pop("rope_theta", None) or text.get("rope_theta") or family.defaults["rope_theta"]

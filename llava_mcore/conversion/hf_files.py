@@ -47,6 +47,9 @@ def write(view: CheckpointView, form: Form, partial: Path, dtype: torch.dtype) -
     """config.json and what lies beside it, for an export."""
     name = str(dtype).removeprefix("torch.")
     _copy(view.path / folder.TOKENIZER, partial, TOKENIZER_FILES)
+    if view.asked == "decoder":
+        _write_decoder(view, partial, name)
+        return
     _copy(view.path / folder.HF, partial, HF_FILES)
     if form.scratch:
         _write_scratch(view, form, partial, name)
@@ -73,6 +76,15 @@ def require_same_model(view: CheckpointView, form: Form, partial: Path) -> None:
     told = hf_config.to_settings(layouts.as_llava(config, view.layout), partial / CONFIG)
     if not hf_config.same_model(told, form.model):
         raise ConversionError(f"{partial / CONFIG} would describe another model than {view.path}")
+
+
+def _write_decoder(view: CheckpointView, partial: Path, dtype: str) -> None:
+    """config.json and generation config of the language model alone."""
+    ids = special_ids(view.path / folder.TOKENIZER)
+    config = hf_config.from_settings(view.settings, **ids)
+    text = {"tie_word_embeddings": config["tie_word_embeddings"], **config["text_config"]}
+    _write_json(partial / CONFIG, hf_config.set_dtype(text, dtype))
+    _write_json(partial / GENERATION_CONFIG, {"bos_token_id": ids["bos_id"], "eos_token_id": ids["eos_id"]})
 
 
 def _write_scratch(view: CheckpointView, form: Form, partial: Path, dtype: str) -> None:

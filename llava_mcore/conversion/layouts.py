@@ -47,6 +47,8 @@ PREFIXES: dict[str, tuple[str, ...]] = {
     "head": ("language_model.", ""),
     "learned_tokens": ("", "model."),
 }
+# The prefixes of modules that stand alone.
+ALONE = {"decoder": {"language_model": "model.", "head": ""}}
 # The original layout numbers the projector's layers, the activation counted.
 PROJECTOR_NAMES = {"model.mm_projector.": {"linear_1.": "0.", "linear_2.": "2."}}
 # One vector between rows of tiles; a model of single tiles carries it along.
@@ -149,6 +151,8 @@ def recognise(source: Source) -> Layout:
     config = read_json(where)
     kind = kind_of(config, where)
     if kind in CLASSES:
+        if source.tower or source.projector:
+            raise ConversionError(f"{source.path}: holds a tower and a projector of its own; leave out --tower and --projector")
         told = as_llava(config, kind, where)
     else:
         told = _from_parts(config, kind, source)

@@ -16,7 +16,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -198,10 +198,6 @@ class Archive:
         except Exception as error:  # a damaged pickle raises anything
             raise ConversionError(f"damaged ({type(error).__name__}: {error}); fetch it again") from None
 
-    def crc(self, stored: Stored) -> int:
-        """The checksum of a tensor's storage, as written."""
-        return self.records[f"data/{stored.key}"].CRC
-
     def read(self, stored: Stored) -> torch.Tensor:
         """One tensor, its storage compared with its checksum.
 
@@ -228,9 +224,6 @@ def tensors_of(content: Any) -> dict[str, Stored]:
     if not isinstance(content, Mapping):
         raise ConversionError(f"holds no tensors by name but {type(content).__name__}")
     return {name: value for name, value in content.items() if isinstance(value, Stored)}
-
-
-Opener = Callable[[Path], int]
 
 
 class BinReader:

@@ -110,7 +110,7 @@ class ExportShare:
 
     Attributes:
         checkpoint: the checkpoint.
-        published: in the names of its source, or in those transformers writes today.
+        layout: whose names are written.
         out: the folder being written; its files exist, with their headers.
         places: published name -> file and offset in it.
         keys: our names of its tensors.
@@ -119,7 +119,7 @@ class ExportShare:
     """
 
     checkpoint: Path
-    published: bool
+    layout: str
     out: Path
     places: Mapping[str, tuple[str, int]]
     keys: frozenset[str]
@@ -129,7 +129,7 @@ class ExportShare:
 
 def export_share(share: ExportShare, progress: Progress) -> dict[str, int]:
     """Writes tensors to their places in the files of the folder; the checksum of each published one."""
-    with closing(CheckpointView(share.checkpoint, share.published)) as view:
+    with closing(CheckpointView(share.checkpoint, share.layout)) as view:
 
         def tensors() -> Iterator[tuple[str, torch.Tensor]]:
             for entry in view.plan.tensors:
@@ -149,7 +149,7 @@ def export_share(share: ExportShare, progress: Progress) -> dict[str, int]:
 def check_export(share: ExportShare, progress: Progress) -> list[Found]:
     """Reads a share back from the published files and compares it with the checkpoint's checksums."""
     found = []
-    with closing(CheckpointView(share.checkpoint, share.published)) as view, closing(open_weights(share.out)) as written:
+    with closing(CheckpointView(share.checkpoint, share.layout)) as view, closing(open_weights(share.out)) as written:
         for entry in view.plan.tensors:
             if entry.ours not in share.keys:
                 continue

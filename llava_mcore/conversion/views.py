@@ -209,8 +209,9 @@ class HuggingFaceView:
     def joined(self, parts: list[torch.Tensor], tensor: Tensor) -> torch.Tensor:
         """Our tensor from its published parts; rows that a vocabulary has gained are the mean of the old, as LLaVA makes them."""
         whole = fusions.join(parts, tensor)
-        if tensor.fusion == "vocab":
-            whole[parts[0].shape[0] : self.settings.language.vocab_size] = mean_row(parts[0])
+        old, new = tensor.part_shapes[0][0], self.settings.language.vocab_size
+        if tensor.fusion == "vocab" and old < new:
+            whole[old:new] = mean_row(parts[0])
         return whole
 
     def unused(self) -> dict[str, Info]:
@@ -251,7 +252,8 @@ class CheckpointView:
 
     Args:
         path: the folder.
-        published: in the names of the source it was imported from; False: in those that transformers writes today.
+        layout: "source": in the names of the source it was imported from; "llava-hf": in those that transformers writes today;
+            "decoder": its language model alone, likewise.
 
     Raises:
         CheckpointError, ConversionError: naming what is missing or does not fit its settings.yaml.
@@ -259,16 +261,16 @@ class CheckpointView:
 
     kind = "distributed"
 
-    def __init__(self, path: str | Path, published: bool = True) -> None:
+    def __init__(self, path: str | Path, layout: str = "source") -> None:
         self.path = folder.require_checkpoint(path)
         self.meta = folder.read_meta(path)
         self.settings = folder.read_model_settings(path)
         source = self.path / folder.HF / SOURCE
         self.source = read_json(source) if source.is_file() else {}
         self.stored_naming: Naming = {**DEFAULT_NAMING, **self.source.get("naming", {})}
-        self.published = published
-        self.naming: Naming = self.stored_naming if published else DEFAULT_NAMING
-        self.plan = layouts.planned(self.settings, self.naming, self.source.get("rows") if published else None)
+        self.asked, self.published = layout, layout == "source"
+        self.naming: Naming = self.stored_naming if self.published else {**DEFAULT_NAMING, **layouts.ALONE.get(layout, {})}
+        self.plan = layouts.planned(self.settings, self.naming, self.source.get("rows") if self.published else None)
         self.weights = DistributedReader(self.path / folder.WEIGHTS)
         self._check()
         unused = self.path / folder.HF / UNUSED
@@ -278,6 +280,8 @@ class CheckpointView:
     @property
     def layout(self) -> str:
         """The kind of layout it is seen in."""
+        if self.asked == "decoder":
+            return self.asked
         return str(self.source.get("kind", "llava")) if self.published else visual.class_of(self.settings)
 
     @property
@@ -294,7 +298,7 @@ class CheckpointView:
     @property
     def modules(self) -> set[str]:
         """The modules that the layout it is seen in holds."""
-        every = set(OUR_MODULE.values())
+        every = set(layouts.ALONE.get(self.asked, OUR_MODULE)) & set(OUR_MODULE.values())
         return set(self.source.get("modules", every)) if self.published else every
 
     def _unused_name(self, name: str) -> str:
@@ -326,7 +330,7 @@ class CheckpointView:
 
     def unused(self) -> dict[str, Info]:
         """Tensors of the source that the model does not build."""
-        if self._unused is None:
+        if self._unused is None or self.asked in layouts.ALONE:
             return {}
         return {name: self._unused.infos[stored] for name, stored in self._unused_names.items()}
 
@@ -345,7 +349,7 @@ class CheckpointView:
 def mean_row(table: torch.Tensor) -> torch.Tensor:
     """The mean of the rows of a table [V, H], summed in float64, in the table's type."""
     total = torch.zeros(table.shape[1], dtype=torch.float64)
-    for rows in table.split(4096):
+    for rows in table.split(512):
         total += rows.sum(dim=0, dtype=torch.float64)
     return (total / table.shape[0]).to(table.dtype)
 

@@ -42,10 +42,12 @@ def open_audio(data: bytes) -> Iterator[Any]:
         with av.open(io.BytesIO(data), metadata_errors="replace") as container:
             if not container.format.name.startswith(CONTAINERS) or not container.streams.audio:
                 raise SampleError(f"holds no sound: {looks_like(data)}")
+            if container.streams.audio[0].codec_context is None:
+                raise SampleError(f"sound is of an unknown codec ({looks_like(data)})")
             yield container
     except SampleError:
         raise
-    except (FFmpegError, ValueError, EOFError) as error:
+    except (FFmpegError, ValueError, ArithmeticError) as error:
         raise SampleError(f"not a readable sound ({looks_like(data)}: {error})") from error
 
 

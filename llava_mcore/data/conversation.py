@@ -304,6 +304,18 @@ def encode_sample(
     return EncodedSample(ids, labels, np.flatnonzero(ids == image_token_id) if has_places else np.empty(0, dtype=np.int64))
 
 
+def check_conversation(conversations: Any, media: Sequence[Medium]) -> None:
+    """What can be said without a tokenizer: whether a template that keeps questions can train on a conversation.
+
+    Raises:
+        SampleError: it cannot.
+    """
+    segments = render(conversations, Rendering(), "</s>", "<s>", media)
+    if conversations[-1].get("from") == "human":
+        raise SampleError("the conversation ends with a human turn: there is no answer to learn")
+    _slots("".join(segment.text for segment in segments), media)
+
+
 def encode_prompt_of(
     conversations: Any, tokenizer: Tokenizer, how: Rendering, *, media: Sequence[Medium], image_token_id: int
 ) -> np.ndarray:

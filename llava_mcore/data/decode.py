@@ -10,18 +10,18 @@ medium                               dali on a CPU                   dali on a G
 ===================================  ==============================  ==============================
 JPEG, PNG, WebP: plain               DALI                            nvJPEG and DALI
 other pictures, those of many tiles  Pillow                          Pillow
-VP8, VP9                             DALI                            NVDEC
-H.264, HEVC, AV1                     PyAV                            NVDEC, where the chip can
+H.264, HEVC, VP8, VP9, AV1           PyAV                            NVDEC, where the chip can
 other videos                         PyAV                            PyAV
 sounds                               PyAV                            PyAV
 ===================================  ==============================  ==============================
 
-A plain picture has 8 bits a channel, no palette and no transparency. What DALI refuses is tried once more the Python way, which
-then says what is wrong with it.
+A plain picture has 8 bits a channel, no palette and no transparency. DALI could decode VP8 and VP9 on a CPU too, but a damaged
+file ends the whole process there (2.4.0). What DALI refuses is tried once more the Python way, which then says what is wrong.
 """
 
 from __future__ import annotations
 
+import os
 import queue
 from collections import Counter
 from collections.abc import Sequence
@@ -44,7 +44,6 @@ from llava_mcore.settings.schema import DataSettings
 Result = np.ndarray | SampleError
 # DALI works on a chunk as a whole, and a bad medium in it costs its neighbours a second attempt.
 PICTURES_IN_CHUNK, VIDEOS_IN_CHUNK = 8, 2
-CPU_VIDEO = frozenset({("vp8", "yuv420p"), ("vp9", "yuv420p")})
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Decoder:
         gpu: DALI decodes on this GPU; None: on the CPU.
 
     Raises:
-        DatasetError: ``backend`` is ``dali``, or a GPU is asked for, and DALI is not installed.
+        DatasetError: what is asked for is not there: DALI, or a GPU.
     """
 
     def __init__(
@@ -97,9 +96,13 @@ class Decoder:
         self._pixels, self._frames, self._gpu, self._threads = pixels, frames or FrameChoice(), gpu, threads
         self._tiling = geometry
         self._version = None if backend == "python" else dali_version()
+        if backend == "python" and gpu is not None:
+            raise DatasetError("data.decode_on=gpu needs DALI: set data.decoder=auto, or data.decode_on=cpu")
         if self._version is None and (backend == "dali" or gpu is not None):
-            raise DatasetError("DALI is not installed: install nvidia-dali-cuda130, or set data.decoder=python")
-        self._dali_video = CPU_VIDEO if gpu is None else nvdec_formats(_capability(gpu))
+            raise DatasetError(
+                "DALI is not installed: install nvidia-dali-cuda130, or set data.decoder=python and data.decode_on=cpu"
+            )
+        self._dali_video = frozenset() if gpu is None else nvdec_formats(_capability(gpu))
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decoder")
         # On a CPU as many single-threaded pipelines as threads: no chunk waits for the slowest medium of another.
         self._pipelines: queue.SimpleQueue[Pipelines] = queue.SimpleQueue()
@@ -108,8 +111,13 @@ class Decoder:
         self.taken: Counter[str] = Counter()
 
     @classmethod
-    def from_settings(cls, data: DataSettings, geometry: Geometry, gpu: int | None = None) -> Decoder:
-        """The decoder that a run's settings ask for."""
+    def from_settings(cls, data: DataSettings, geometry: Geometry) -> Decoder:
+        """The decoder that a run's settings ask for; on the GPU of this process, if on one.
+
+        Raises:
+            DatasetError: as the class does.
+        """
+        gpu = int(os.environ.get("LOCAL_RANK", 0)) if data.decode_on == "gpu" else None
         pixels = PixelSettings(geometry.image_size, data.image_mode, data.image_mean, data.image_std)
         frames = FrameChoice(data.video_frames_by, data.video_frames, data.video_fps)
         return cls(pixels, frames, geometry, backend=data.decoder, threads=data.decode_threads, gpu=gpu)
@@ -128,8 +136,11 @@ class Decoder:
         """Which decoders are used, for a log."""
         if self._version is None:
             return "pictures by Pillow, video and sound by PyAV, on the CPU"
-        where = "the CPU" if self._gpu is None else f"GPU {self._gpu}"
-        return f"pictures and video by DALI {self._version} on {where} where it can, else by Pillow and PyAV; sound by PyAV"
+        if self._gpu is None:
+            return f"pictures by DALI {self._version} where it can, else by Pillow, video and sound by PyAV, on the CPU"
+        return (
+            f"pictures and video by DALI {self._version} on GPU {self._gpu} where it can, else by Pillow and PyAV; sound by PyAV"
+        )
 
     def decode(self, requests: Sequence[Request]) -> list[Result]:
         """Decodes some media, whatever their kinds.
@@ -242,4 +253,6 @@ class Decoder:
 def _capability(gpu: int) -> tuple[int, int]:
     import torch  # takes seconds; only a GPU needs it
 
+    if not torch.cuda.is_available():
+        raise DatasetError("data.decode_on=gpu, but this machine has no CUDA device: set data.decode_on=cpu")
     return torch.cuda.get_device_capability(gpu)

@@ -112,7 +112,7 @@ def text_length(dataset: ShardDataset, index: int, tokenizer: Tokenizer, how: Re
         dataset.read_record(index).get("conversations"),
         tokenizer,
         how,
-        media=media_of(media, places),
+        media=media_of([medium.family for medium in media], places),
         image_token_id=-1,  # in no text
     )
     head = int(tokens.image_slots[-1]) + 1 - sum(places) if sum(places) else 0

@@ -101,6 +101,16 @@ class Planner:
             left_out=planned.left_out if place == 0 else [],
         )
 
+    def describe(self) -> str:
+        """What is read and how it is packed, for a log."""
+        parts = []
+        for source in self.blend.sources:
+            rejected = len(source.lengths.rejected)
+            left_out = f", of which {rejected:,} cannot be used (prepare_data.py lint says why)" if rejected else ""
+            parts.append(f"{source.dataset.path} ({source.order.size:,} samples{left_out})")
+        packed = f"packed over {self.window_steps} steps" if self.window_steps > 1 else "packed step by step"
+        return f"{', '.join(parts)}; {packed if self._data.packing else 'one sample in each stream'}"
+
     def window_start(self, step: int) -> int:
         """First position of the window that a step lies in."""
         return step // self.window_steps * self.window_steps * self._batch

@@ -16,7 +16,9 @@ class Position:
 
     Args:
         planner: of the run.
-        settings: numbers and names the order depends on, for the message when they differ.
+        data: settings the order depends on.
+        seed: likewise.
+        global_batch_size: likewise.
     """
 
     _NAMES = {
@@ -26,6 +28,7 @@ class Position:
         "global_batch_size": "train.global_batch_size",
         "sequence_length": "data.sequence_length",
         "packing": "data.packing, packing_window, streams_multiple",
+        "pictures": "tiles and embeddings of pictures, data.video_frames, video_frames_by, video_fps",
         "quarantine": "data.quarantine up to here (digest)",
     }
 
@@ -44,6 +47,7 @@ class Position:
             "global_batch_size": self._global_batch_size,
             "sequence_length": data.sequence_length,
             "packing": [data.packing, data.packing_window, data.streams_multiple],
+            "pictures": [repr(self._planner.geometry), data.video_frames, data.video_frames_by, data.video_fps],
             "quarantine": self._planner.quarantine.digest(self._planner.window_start(step)),
         }
 

@@ -8,28 +8,35 @@ import json
 import os
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from llava_mcore.data.conversation import TEMPLATES, encode_conversation, render
+from llava_mcore.data.audio import decode_sound
+from llava_mcore.data.conversation import Medium, Rendering, check_conversation, encode_sample
 from llava_mcore.data.errors import DatasetError, SampleError
 from llava_mcore.data.image import open_rgb, picture_info
 from llava_mcore.data.index import build_index
+from llava_mcore.data.probe import AUDIOS, PICTURES, VIDEOS, probe
 from llava_mcore.data.quarantine import append_version
+from llava_mcore.data.sample import media_of
+from llava_mcore.data.shards import AUDIO, FAMILIES, INDEX_DIR, KINDS, PICTURE, VIDEO, ShardDataset, ShardWriter, family
 from llava_mcore.data.shards import EXTENSIONS as EXTENSIONS_READ
-from llava_mcore.data.shards import FAMILIES, INDEX_DIR, PICTURE, ShardDataset, ShardWriter
+from llava_mcore.data.templates import CHAT_TEMPLATE, TEMPLATES
 from llava_mcore.data.tokenizer import Tokenizer
+from llava_mcore.data.video import FrameChoice, decode_frames, scan_video
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 Progress = Callable[[int], None]
-Picture = tuple[str, bytes]
+Encoded = tuple[str, bytes]
+FRAMES = FrameChoice()  # of a video, as lint counts and decodes them
+MEDIA_FIELDS: dict[str, Literal["picture", "video", "sound"]] = {"image": "picture", "video": "video", "audio": "sound"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Report:
     """What was found in a dataset."""
 
     samples: int = 0
-    pictures: int = 0
+    media: int = 0
     problems: list[Problem] = field(default_factory=list)
 
     def add(self, where: str, reason: str) -> None:
@@ -84,14 +91,13 @@ class TokenCheck:
     sequence_length: int
     image_tokens: int
 
-    def check(self, conversations: Any, num_images: int) -> None:
+    def check(self, conversations: Any, media: Sequence[Medium]) -> None:
         """Raises SampleError if the sample will not enter a stream whole, or teaches nothing."""
-        tokens = encode_conversation(
+        tokens = encode_sample(
             conversations,
             self.tokenizer,
-            self.template,
-            num_images=num_images,
-            image_tokens_each=self.image_tokens,
+            Rendering(self.template),
+            media=[replace(medium, embeddings=medium.embeddings * self.image_tokens) for medium in media],
             image_token_id=-1,  # in no text
         )
         if len(tokens.input_ids) > self.sequence_length:
@@ -134,22 +140,33 @@ def _where(number: int, record: Any) -> str:
     return f"sample {number}" + (f" (id {name!r})" if name is not None else "")
 
 
-def _picture_names(record: dict[str, Any]) -> list[str]:
-    """The files a record names under ``image``: none, one, or a list."""
-    image = record.get("image")
-    names = [] if image is None else image if isinstance(image, list) else [image]
-    if not all(isinstance(name, str) and name for name in names):
-        raise SampleError(f"`image` is neither a file name nor a list of them: {image!r}")
-    return names
+def _media_names(record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Field and file of what a record names under ``image``, ``video`` and ``audio``: none, one, or a list each."""
+    found = []
+    for name in MEDIA_FIELDS:
+        value = record.get(name)
+        files = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(isinstance(file, str) and file for file in files):
+            raise SampleError(f"`{name}` is neither a file name nor a list of them: {value!r}")
+        found += [(name, file) for file in files]
+    return found
 
 
-def _load_picture(media: Path, name: str) -> Picture:
-    """Extension and bytes of a picture that decodes. Formats that shards do not hold become PNG, pixel by pixel the same."""
+def _load_medium(media: Path, field: str, name: str) -> Encoded:
+    """Extension and bytes of a medium that can be read. Pictures decode; other formats than shards hold become PNG."""
     try:
         data = (media / name).read_bytes()
     except OSError as error:
-        raise SampleError(f"missing picture: {media / name} ({error.strerror})") from error
+        what = {"image": "picture", "audio": "sound"}.get(field, field)
+        raise SampleError(f"missing {what}: {media / name} ({error.strerror})") from error
     try:
+        if field != "image":
+            extension = Path(name).suffix.lower().removeprefix(".")
+            if extension not in (VIDEOS if field == "video" else AUDIOS):
+                known = ", ".join(sorted(VIDEOS if field == "video" else AUDIOS))
+                raise SampleError(f"a .{extension} is no {field} of a shard ({known} are)")
+            probe(extension, data)
+            return extension, data
         kind, _, _ = picture_info(data)
         image = open_rgb(data)
     except SampleError as error:
@@ -161,27 +178,13 @@ def _load_picture(media: Path, name: str) -> Picture:
     return "png", encoded.getvalue()
 
 
-def check_conversation(record: Any, num_images: int) -> None:
-    """Whether a record can be trained on with a template that keeps questions, as far as can be told without a tokenizer.
-
-    Raises:
-        SampleError: it cannot.
-    """
-    if not isinstance(record, dict):
-        raise SampleError("is not an object")
-    # EOS text does not matter to the check; any template that takes many turns will do.
-    text = "".join(segment.text for segment in render(record.get("conversations"), "vicuna_v1", "</s>"))
-    if record["conversations"][-1].get("from") == "human":
-        raise SampleError("the conversation ends with a human turn: there is no answer to learn")
-    if text.count("<image>") != num_images:
-        raise SampleError(f"{text.count('<image>')} `<image>` in the text, but {num_images} pictures")
-
-
-def _load_sample(record: Any, media: Path) -> list[Picture] | SampleError:
+def _load_sample(record: Any, media: Path) -> list[Encoded] | SampleError:
     try:
-        names = _picture_names(record) if isinstance(record, dict) else []
-        check_conversation(record, len(names))
-        return [_load_picture(media, name) for name in names]
+        names = _media_names(record) if isinstance(record, dict) else []
+        if not isinstance(record, dict):
+            raise SampleError("is not an object")
+        check_conversation(record.get("conversations"), [Medium(MEDIA_FIELDS[field]) for field, _ in names])
+        return [_load_medium(media, field, name) for field, name in names]
     except SampleError as error:
         return error
 
@@ -197,8 +200,8 @@ def _in_order(pool: ThreadPoolExecutor, work: Callable[..., Any], items: Iterabl
         yield pending.popleft().result()
 
 
-def _loaded(records: list[Any], media: Path, progress: Progress | None) -> Iterator[tuple[int, Any, list[Picture] | SampleError]]:
-    """Every record with its pictures, or what is wrong with it; pictures are decoded in threads."""
+def _loaded(records: list[Any], media: Path, progress: Progress | None) -> Iterator[tuple[int, Any, list[Encoded] | SampleError]]:
+    """Every record with its media, or what is wrong with it; pictures are decoded in threads."""
     threads = os.cpu_count() or 1
     with ThreadPoolExecutor(threads) as pool:
         results = _in_order(pool, _load_sample, ((record, media) for record in records), 8 * threads)
@@ -251,11 +254,11 @@ def shard(
     records: list[Any] | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Turns a LLaVA JSON or JSONL and a folder of pictures into shards with an index.
+    """Turns a LLaVA JSON or JSONL and a folder of media into shards with an index.
 
     Args:
         source: the JSON or JSONL.
-        media: pictures are named relative to it.
+        media: pictures, videos and sounds are named relative to it.
         output: the dataset; appears only when it is complete.
         samples_per_shard: samples in each tar.
         overwrite: replace ``output``.
@@ -283,7 +286,7 @@ def shard(
                 if not report.problems or skip_bad:  # with an error coming, only the names of the others are wanted
                     writer.write(str(record.get("id", f"{number:09d}")), record, result)
                 report.samples += 1
-                report.pictures += len(result)
+                report.media += len(result)
         if report.problems and (not skip_bad or not report.samples):
             raise BadSamplesError(report.problems, len(records))
         build_index(aside)
@@ -297,7 +300,7 @@ def lint_json(
     progress: Progress | None = None,
     records: list[Any] | None = None,
 ) -> Report:
-    """Reports what is wrong with a LLaVA JSON or JSONL and its pictures, sample by sample."""
+    """Reports what is wrong with a LLaVA JSON or JSONL and its media, sample by sample."""
     records = read_records(source) if records is None else records
     media = Path(media)
     report = Report(samples=len(records))
@@ -307,9 +310,10 @@ def lint_json(
         try:
             if isinstance(result, SampleError):
                 raise result
-            report.pictures += len(result)
+            report.media += len(result)
             if check is not None:
-                check.check(record["conversations"], len(result))
+                kinds = [family(KINDS[extension]) for extension, _ in result]
+                check.check(record["conversations"], media_of(kinds, [int(kind != AUDIO) for kind in kinds]))
         except SampleError as error:
             report.add(_where(number, record), error.reason)
     return report
@@ -326,13 +330,16 @@ def lint_shards(folder: str | Path, check: TokenCheck | None = None, progress: P
 
     def look(index: int) -> int | SampleError:
         try:
-            record, pictures = dataset.read_record(index), dataset.read_pictures(index)
-            check_conversation(record, len(pictures))
-            for picture in pictures:
-                open_rgb(picture)
+            record, found = dataset.read_record(index), dataset.media(index)
+            kinds = [medium.family for medium in found]
+            pictures = [FRAMES.count(medium.frames, medium.fps) if medium.family == VIDEO else 1 for medium in found]
+            media = media_of(kinds, pictures)
+            check_conversation(record.get("conversations"), media)
+            for medium in found:
+                _decode(medium.extension, dataset.read_medium(index, medium))
             if check is not None:
-                check.check(record["conversations"], len(pictures))
-            return len(pictures)
+                check.check(record["conversations"], [replace(m, embeddings=m.embeddings * (m.kind != "sound")) for m in media])
+            return len(found)
         except SampleError as error:
             return error
 
@@ -342,10 +349,21 @@ def lint_shards(folder: str | Path, check: TokenCheck | None = None, progress: P
             if isinstance(result, SampleError):
                 report.add(dataset.name(index), result.reason)
             else:
-                report.pictures += result
+                report.media += result
             if progress is not None:
                 progress(1)
     return report
+
+
+def _decode(extension: str, data: bytes) -> None:
+    """Raises SampleError if a medium cannot be decoded; of a video, at the frames that a run would show."""
+    if extension in PICTURES:
+        open_rgb(data)
+    elif extension in VIDEOS:
+        scan = scan_video(data)
+        decode_frames(data, FRAMES.choose(scan.times, scan.probe.fps, 0).tolist())
+    else:
+        decode_sound(data)
 
 
 def quarantine(log: Path, listed: Path, from_sample: int) -> int:
@@ -389,4 +407,4 @@ def describe(dataset: ShardDataset) -> list[str]:
 
 def template_names() -> list[str]:
     """Templates a conversation can be checked with."""
-    return list(TEMPLATES)
+    return [*TEMPLATES, CHAT_TEMPLATE]

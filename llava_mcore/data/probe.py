@@ -119,14 +119,14 @@ def picture_header(data: bytes) -> PictureHeader:
             raise SampleError(f"not a JPEG, PNG or WebP picture: {looks_like(data)}")
     except (struct.error, IndexError) as error:
         raise SampleError(f"picture ends inside its header ({len(data)} bytes)") from error
-    if not header.width or not header.height:
-        raise SampleError(f"picture of {header.width} x {header.height} pixels")
     check_size("picture", header.width, header.height)
     return header
 
 
 def check_size(what: str, width: int, height: int) -> None:
-    """Raises SampleError for more than ``MAX_PIXELS``."""
+    """Raises SampleError for more than ``MAX_PIXELS``, and for none."""
+    if width <= 0 or height <= 0:
+        raise SampleError(f"{what} of {width} x {height} pixels")
     if width * height > MAX_PIXELS:
         raise SampleError(f"{what} of {width} x {height} pixels exceeds the limit of {MAX_PIXELS} pixels")
 

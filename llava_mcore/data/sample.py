@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from llava_mcore.data.video import FrameChoice
 from llava_mcore.geometry import SINGLE, Geometry, Shape
 from llava_mcore.settings.schema import DataSettings
 
-_KINDS = {PICTURE: "picture", VIDEO: "video", AUDIO: "sound"}
+_KINDS: dict[int, Literal["picture", "video", "sound"]] = {PICTURE: "picture", VIDEO: "video", AUDIO: "sound"}
 
 
 def rendering_of(data: DataSettings) -> Rendering:
@@ -32,12 +32,9 @@ def frames_of(data: DataSettings) -> FrameChoice:
     return FrameChoice(data.video_frames_by, data.video_frames, data.video_fps)
 
 
-def media_of(media: Sequence[Medium], embeddings: Sequence[int]) -> list[conversation.Medium]:
-    """Media as a conversation is written with them, and the places each takes."""
-    return [
-        conversation.Medium(_KINDS[medium.family], count)  # type: ignore[arg-type]
-        for medium, count in zip(media, embeddings, strict=True)
-    ]
+def media_of(families: Sequence[int], embeddings: Sequence[int]) -> list[conversation.Medium]:
+    """Media of some families as a conversation is written with them, and the places each takes."""
+    return [conversation.Medium(_KINDS[family], count) for family, count in zip(families, embeddings, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -153,7 +150,7 @@ class Reading:
         shapes = iter(self.shapes(dataset, index))
         media = dataset.media(index)
         counts = [self.geometry.embeddings(next(shapes)) if medium.family in (PICTURE, VIDEO) else 0 for medium in media]
-        return media_of(media, counts)
+        return media_of([medium.family for medium in media], counts)
 
 
 def count_visual(

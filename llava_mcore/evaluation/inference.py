@@ -58,7 +58,8 @@ class Inference:
     def __init__(self, settings: Settings, checkpoint: Path | None) -> None:
         self.settings = settings
         problems = layout_problems(settings, device.world_size())
-        for name in ("context", "virtual_pipeline"):
+        # Replicas answer each at its own pace; those that share experts would wait for each other for ever.
+        for name in ("context", "expert", "virtual_pipeline"):
             if getattr(settings.parallel, name) > 1:
                 problems.append(f"parallel.{name} must be 1 to generate; a checkpoint loads at any layout")
         if problems:

@@ -108,6 +108,16 @@ def padded_pictures(pictures: int, rows_each: int, multiple: int) -> int:
     return round_up(pictures, multiple // gcd(rows_each, multiple))
 
 
+def blank_pictures(pictures: int, ranks: int, rows_each: int, multiple: int) -> int:
+    """Blank pictures that an FP8 tower adds to a micro-batch whose pictures are dealt over ``ranks``.
+
+    >>> blank_pictures(3, 2, 577, 16)
+    29
+    """
+    shares = [(pictures + rank) // ranks for rank in range(ranks)]
+    return sum(padded_pictures(max(share, 1), rows_each, multiple) - share for share in shares)
+
+
 def backend_problems(settings: Settings, cuda: bool, capability: tuple[int, int] | None, present: set[str]) -> list[str]:
     """Why the layers and kernels that were asked for cannot run here, each reason with its fix; an empty list if they can.
 

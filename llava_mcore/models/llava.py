@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
 from llava_mcore.geometry import SINGLE, Shape
@@ -55,6 +56,11 @@ def mark_partitioned(model: torch.nn.Module) -> None:
                 set_tensor_model_parallel_attributes(module.weight, is_parallel=split, dim=dim, stride=1)
             if isinstance(module, ColumnParallelLinear) and module.bias is not None:
                 module.bias.tensor_model_parallel = split
+        if isinstance(module, SequentialMLP):
+            # Experts have an optimizer of their own where they are split over expert-parallel ranks. Let it be so always, that a
+            # run resumes at any number of these.
+            for parameter in module.parameters():
+                parameter.allreduce = False  # type: ignore[attr-defined]
     unmark_unsplit(model)
 
 

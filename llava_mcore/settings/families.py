@@ -100,7 +100,7 @@ def _norm(ours: str, theirs: str) -> tuple[Row, Row]:
     return row(f"{ours}_weight", (f"{theirs}.weight", "hidden")), row(f"{ours}_bias", (f"{theirs}.bias", "hidden"))
 
 
-_OURS, _THEIRS = "encoder.layers.{i}", "encoder.layers.{i}"
+_BLOCK = "encoder.layers.{i}"  # called so by both
 
 CLIP = Family(
     model_type="clip_vision_model",
@@ -114,21 +114,21 @@ CLIP = Family(
         row("pre_layernorm.bias", ("pre_layrnorm.bias", "hidden"), when="pre_norm"),
     ),
     layers=(
-        *_norm(f"{_OURS}.self_attention.linear_qkv.layer_norm", f"{_THEIRS}.layer_norm1"),
+        *_norm(f"{_BLOCK}.self_attention.linear_qkv.layer_norm", f"{_BLOCK}.layer_norm1"),
         row(
-            f"{_OURS}.self_attention.linear_qkv.weight",
-            *((f"{_THEIRS}.self_attn.{name}_proj.weight", "hidden hidden") for name in "qkv"),
+            f"{_BLOCK}.self_attention.linear_qkv.weight",
+            *((f"{_BLOCK}.self_attn.{name}_proj.weight", "hidden hidden") for name in "qkv"),
             fusion="qkv",
         ),
         row(
-            f"{_OURS}.self_attention.linear_qkv.bias",
-            *((f"{_THEIRS}.self_attn.{name}_proj.bias", "hidden") for name in "qkv"),
+            f"{_BLOCK}.self_attention.linear_qkv.bias",
+            *((f"{_BLOCK}.self_attn.{name}_proj.bias", "hidden") for name in "qkv"),
             fusion="qkv",
         ),
-        *_both(f"{_OURS}.self_attention.linear_proj", f"{_THEIRS}.self_attn.out_proj", "hidden", "hidden"),
-        *_norm(f"{_OURS}.mlp.linear_fc1.layer_norm", f"{_THEIRS}.layer_norm2"),
-        *_both(f"{_OURS}.mlp.linear_fc1", f"{_THEIRS}.mlp.fc1", "ffn", "hidden"),
-        *_both(f"{_OURS}.mlp.linear_fc2", f"{_THEIRS}.mlp.fc2", "hidden", "ffn"),
+        *_both(f"{_BLOCK}.self_attention.linear_proj", f"{_BLOCK}.self_attn.out_proj", "hidden", "hidden"),
+        *_norm(f"{_BLOCK}.mlp.linear_fc1.layer_norm", f"{_BLOCK}.layer_norm2"),
+        *_both(f"{_BLOCK}.mlp.linear_fc1", f"{_BLOCK}.mlp.fc1", "ffn", "hidden"),
+        *_both(f"{_BLOCK}.mlp.linear_fc2", f"{_BLOCK}.mlp.fc2", "hidden", "ffn"),
     ),
     unused=(Part("post_layernorm.weight", "hidden"), Part("post_layernorm.bias", "hidden")),
     extra=(r"embeddings\.position_ids",),
@@ -380,6 +380,7 @@ DECODERS["qwen3_moe"] = replace(
     defaults={
         **DECODERS["qwen3"].defaults,
         "hidden_size": 2048,
+        "intermediate_size": 6144,  # of layers without experts
         "num_hidden_layers": 24,
         "num_key_value_heads": 4,
         "head_dim": None,

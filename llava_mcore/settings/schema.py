@@ -132,6 +132,7 @@ class DataSettings:
     decoder: Literal["auto", "dali", "python"] = Field(
         "auto", description="what decodes: dali (Pillow and PyAV where it cannot), python (Pillow, PyAV), or DALI if installed"
     )
+    decode_on: Literal["cpu", "gpu"] = Field("cpu", description="where DALI decodes; gpu: by nvJPEG and NVDEC")
     video_frames: Positive = Field(8, description="frames of a video, at most")
     video_frames_by: Literal["uniform", "segments", "time", "fps"] = Field(
         "uniform",

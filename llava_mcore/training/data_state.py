@@ -65,8 +65,9 @@ class DataState:
         self._budget = self._new_budget(state["bad_samples"])
         self._account, self._own = Account(state["account"]), Account()
         if self._is_first and self._log.exists():  # what came after the checkpoint comes again
-            lines = self._log.read_text(encoding="utf-8").splitlines(keepends=True)
-            self._log.write_text("".join(line for line in lines if json.loads(line)["step"] <= state["step"]), encoding="utf-8")
+            lines = self._log.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _step_of(line) <= state["step"]]
+            self._log.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def finish(self, step: Step, bad: int) -> None:
         """Books a finished step; collective.
@@ -129,3 +130,11 @@ class DataState:
     def _write(self, step: int, samples: list[BadSample]) -> None:
         with self._log.open("a", encoding="utf-8") as file:
             file.writelines(sample.line(step) + "\n" for sample in samples)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the log; none is reached by a line that a kill cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

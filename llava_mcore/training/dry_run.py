@@ -356,7 +356,9 @@ def _describe_step(page: _Page, settings: Settings, tokenizer: Any, step: Any) -
     page.row("tokens", f"{step.real_tokens:,} in {step.slots:,} slots ({1 - step.real_tokens / max(step.slots, 1):.1%} padding)")
     page.row("image embeddings", f"{step.visual_tokens:,} of those tokens, of {step.pictures:,} pictures, tiles and frames")
     page.row("micro-batches", f"{len(step.batches)} on this rank, {supervised:,} tokens predicted")
-    page.row("model TFLOP", f"{FlopsCounter(settings).step(step.sample_lengths, step.pictures) / 1e12:.4g} a step")
+    # Other ranks' labels are not known here; they are taken to be as dense as this rank's.
+    labelled = round(step.real_tokens * supervised / max(1, sum(batch.real_tokens for batch in step.batches)))
+    page.row("model TFLOP", f"{FlopsCounter(settings).step(step.sample_lengths, step.pictures, labelled) / 1e12:.4g} a step")
     for what, samples in (("bad sample", step.bad), ("left out", step.left_out)):
         for sample in samples[:SAMPLES_SHOWN]:
             page.row(what, sample)

@@ -12,12 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llava_mcore.conversion.convert import load_hf_into, write_sidecars
+from llava_mcore.data.decode import Decoder
 from llava_mcore.data.errors import DatasetError
 from llava_mcore.data.loader import Step, StreamLoader
 from llava_mcore.data.plan import Planner
 from llava_mcore.data.sources import mixture_of, open_blend
 from llava_mcore.data.tokenizer import load_tokenizer
-from llava_mcore.models.backend import problems_here
+from llava_mcore.models.backend import blank_pictures, problems_here
 from llava_mcore.models.config import Recompute
 from llava_mcore.models.initialize import LEARNED_TOKENS, initialize
 from llava_mcore.models.llava import build_model
@@ -105,25 +106,29 @@ class Trainer:
                 step = next(steps)
                 self.waited = time.perf_counter() - started
                 lr = learning_rates(self.optimizer, train)
-                loss, grad_norm = self.train_step(step)
+                loss, labelled, grad_norm = self.train_step(step)
                 self.step += 1
-                observer.log(self._record(step, loss, lr, grad_norm, time.perf_counter() - started))
+                observer.log(self._record(step, loss, labelled, lr, grad_norm, time.perf_counter() - started))
                 if (train.save_every and self.step % train.save_every == 0) or self.step == self.last_step:
                     self.save()
         finally:
             steps.close()
             observer.close()
 
-    def train_step(self, step: Step) -> tuple[float, float]:
-        """Forward, backward and update over one global batch; returns the mean loss per token and the gradient norm."""
+    def train_step(self, step: Step) -> tuple[float, int, float]:
+        """Forward, backward and update over one global batch.
+
+        Returns:
+            the mean loss per token with a label, the number of those, and the gradient norm.
+        """
         for part in self.ddp:
             part.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = forward_backward(self.ddp, step.batches, self.groups, self.place.device)
-        loss = self._mean_loss(losses, step)
+        loss, labelled = self._mean_loss(losses, step)
         _, grad_norm, _ = self.optimizer.step()
         self.scheduler.step(1)
-        return loss, float(grad_norm or 0.0)
+        return loss, labelled, float(grad_norm or 0.0)
 
     def save(self) -> None:
         """Publishes a checkpoint of the current step."""
@@ -201,6 +206,8 @@ class Trainer:
         if parallel.pipeline > 1:
             self.say(pipeline_split.table(self.settings))
         if self.place.is_first:
+            with Decoder.from_settings(self.settings.data, self.settings.model.geometry) as decoder:
+                self.say(f"data: {self.planner.describe()}; {decoder.describe()}")
             output = Path(self.settings.train.output_dir)
             output.mkdir(parents=True, exist_ok=True)
             (output / checkpoint_folder.SETTINGS).write_text(dump_yaml(self.settings), encoding="utf-8")
@@ -217,8 +224,11 @@ class Trainer:
 
     # ---- what happens every step ----
 
-    def _mean_loss(self, losses: list[Tensor], step: Step) -> float:
-        """Mean loss per predicted token over all ranks; books the step's samples, which may stop every rank."""
+    def _mean_loss(self, losses: list[Tensor], step: Step) -> tuple[float, int]:
+        """Mean loss over the tokens with a label of all ranks, and how many those are; books the step's samples.
+
+        Those may stop every rank.
+        """
         counts = torch.zeros(4, dtype=torch.float64, device=self.place.device)
         if self.groups.is_last_stage and self.groups.tp.rank() == 0:
             counts[0] = sum(loss.double() for loss in losses)
@@ -233,9 +243,11 @@ class Trainer:
             raise TrainingError(
                 f"the loss of step {step.index + 1} is {mean}; lower train.lr, or look at its samples; checkpoints are intact"
             )
-        return mean
+        return mean, int(tokens)
 
-    def _record(self, step: Step, loss: float, lr: float | dict[str, float], grad_norm: float, seconds: float) -> StepRecord:
+    def _record(
+        self, step: Step, loss: float, labelled: int, lr: float | dict[str, float], grad_norm: float, seconds: float
+    ) -> StepRecord:
         return StepRecord(
             step=self.step,
             steps=self.derived.steps,
@@ -250,17 +262,30 @@ class Trainer:
             visual_tokens=step.visual_tokens,
             bad_samples=self.data.bad_samples,
             waited=self.waited,
-            flops=self.flops.step(step.sample_lengths, step.pictures),
+            flops=self.flops.step(step.sample_lengths, step.pictures, labelled),
             encoder_imbalance=self._encoder_imbalance(step),
+            blank_pictures=self._blank_pictures(step),
         )
+
+    def _tiles(self, step: Step) -> list[int]:
+        """Tiles and frames of each of this replica's micro-batches."""
+        geometry = self.settings.model.geometry
+        return [sum(map(geometry.tiles, batch.shapes)) for batch in step.batches]
+
+    def _blank_pictures(self, step: Step) -> int | None:
+        """Pictures that only fill up the rows of an FP8 tower's products, over the ranks of this replica."""
+        if self.settings.precision.fp8 is None or "vision_tower" not in self.settings.precision.fp8_modules:
+            return None
+        size = self.groups.encoders.size() if self.settings.parallel.encoder == "data_parallel" else 1
+        rows, multiple = self.settings.model.vision.positions, self.settings.precision.fp8_multiple
+        return sum(blank_pictures(count, size, rows, multiple) for count in self._tiles(step))
 
     def _encoder_imbalance(self, step: Step) -> float | None:
         """How unevenly the tiles of this replica's micro-batches fell on the ranks that encode them."""
         size = self.groups.encoders.size()
         if size == 1 or self.settings.parallel.encoder != "data_parallel":
             return None
-        geometry = self.settings.model.geometry
-        tiles = [sum(map(geometry.tiles, batch.shapes)) for batch in step.batches]
+        tiles = self._tiles(step)
         # The longest share of each micro-batch is what its other ranks wait for.
         longest = sum(imbalance([1.0] * count, size) * count for count in tiles)
         return longest / sum(tiles) if sum(tiles) else None

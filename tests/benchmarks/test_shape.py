@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import _common  # noqa: E402
 import _step  # noqa: E402
+import data  # noqa: E402
 import train_step  # noqa: E402
 
 from llava_mcore.parallel import groups as process_groups  # noqa: E402
@@ -112,3 +113,11 @@ def test_frozen_parts_keep_less(groups, samples):
     (activations_1, gradients_1, state_1), (activations_2, gradients_2, state_2) = kept
     assert 4 * projector <= gradients_1 < 1.1 * 4 * projector and state_1 >= 2 * 4 * projector
     assert 0 < activations_1 < activations_2 and gradients_1 < gradients_2 and state_1 < state_2
+
+
+def test_lengths_of_the_data_benchmark_are_as_stated():
+    lengths = data.mixed_lengths(100_000, np.random.default_rng(0))
+    found = [lengths.mean(), *np.percentile(lengths, [50, 90, 99])]
+    assert found == pytest.approx([1224, 832, 2536, 4758], rel=0.02)
+    streams = data.first_fit_decreasing(np.minimum(lengths[:2000], 4096).tolist(), 4096)
+    assert sorted(number for stream in streams for number in stream) == list(range(2000))

@@ -99,6 +99,17 @@ def test_truncated_file(source: Path, keep: int) -> None:
     refused(source, "model.safetensors", "cut short or damaged")
 
 
+def test_two_tensors_for_one_name_in_a_file(source: Path) -> None:
+    file = source / "model.safetensors"
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    last = "vision_tower.pre_layrnorm.weight"
+    header = content[8 : 8 + size].replace(last.encode(), last.replace("weight", "bias").encode().ljust(len(last)), 1)
+    header = header.replace(b'pre_layrnorm.bias  "', b'pre_layrnorm.bias"  ')
+    file.write_bytes(content[:8] + header + content[8 + size :])
+    refused(source, "model.safetensors", "two tensors for one name: vision_tower.pre_layrnorm.bias")
+
+
 def test_index(source: Path, saved: dict[str, Path]) -> None:
     shutil.rmtree(source)
     from transformers import LlavaForConditionalGeneration
@@ -135,10 +146,32 @@ def test_index(source: Path, saved: dict[str, Path]) -> None:
             lambda c: c.update(architectures=["LlavaLlamaForCausalLM"], mm_projector_type="linear"),
             ["mm_projector_type is 'linear'"],
         ),
-        (lambda c: c["text_config"].update(model_type="qwen2"), ["text_config.model_type 'qwen2'", "known: llama"]),
-        (lambda c: c["vision_config"].update(model_type="siglip_vision_model"), ["siglip", "known: clip_vision_model"]),
-        (lambda c: c["text_config"]["rope_parameters"].update(rope_type="llama3"), ["rope_parameters", "llama3", "rope scaling"]),
-        (lambda c: c["text_config"].update(rope_scaling={"type": "linear", "factor": 2.0}), ["rope_scaling", "linear"]),
+        (
+            lambda c: c["text_config"].update(model_type="gemma"),
+            ["text_config.model_type 'gemma'", "known: llama, mistral", "settings/families.py"],
+        ),
+        (lambda c: c["vision_config"].update(model_type="dinov2"), ["dinov2", "known: clip_vision_model, siglip_vision_model"]),
+        (lambda c: c["vision_config"].update(model_type="siglip_vision_model"), ["hidden_act='quick_gelu'", "'default'", "full"]),
+        (
+            lambda c: c["text_config"]["rope_parameters"].update(rope_type="llama3"),
+            ["rope_scaling", "factor is required for type=llama3"],
+        ),
+        (
+            lambda c: c["text_config"].update(rope_scaling={"type": "dynamic", "factor": 2.0}),
+            ["'dynamic'", "known for llama: default, linear, llama3, yarn"],
+        ),
+        (
+            lambda c: c["text_config"].update(rope_scaling={"type": "linear", "factor": 2.0, "beta": 3}),
+            ["beta for type 'linear'"],
+        ),
+        (
+            lambda c: c["text_config"].update(model_type="qwen2", use_sliding_window=True),
+            ["text_config.use_sliding_window=True (must be False)"],
+        ),
+        (
+            lambda c: c["text_config"].update(model_type="qwen3", layer_types=["full_attention", "sliding_attention"]),
+            ["layer_types=['full_attention', 'sliding_attention'] (must be 'full_attention')"],
+        ),
         (lambda c: c["text_config"].update(sliding_window=64), ["text_config.sliding_window=64"]),
         (lambda c: c["text_config"].update(attention_bias=True), ["text_config.attention_bias=True"]),
         (lambda c: c["vision_config"].update(hidden_act="gelu"), ["vision_config.hidden_act='gelu'", "quick_gelu"]),

@@ -174,6 +174,11 @@ def test_optimizer_is_never_read(saved: dict[str, Path], checkpoints: dict[str, 
     state: dict = {
         key: ShardedTensor.from_rank_offsets(key, tensor, replica_id=0) for key, tensor in read(checkpoints["groups2"]).items()
     }
+    # As four tensor-parallel ranks of a trainer would have saved them: in parts, by rows and by columns.
+    for key, axis, count in ((FC1, 0, 4), (PROJ, 1, 3), ("language_model.embedding.word_embeddings.weight", 0, 2)):
+        parts = state.pop(key).data.chunk(count, dim=axis)
+        for i, part in enumerate(parts):
+            state[f"{key}/{i}"] = ShardedTensor.from_rank_offsets(key, part.contiguous(), (axis, i, count), replica_id=0)
     state["moment"] = ShardedTensor.from_rank_offsets("optimizer.state.exp_avg", torch.ones(5000), replica_id=0)
     state["step"] = 12
     dist_checkpointing.save(state, str(trained / "weights"))

@@ -3,23 +3,54 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+from transformers import CONFIG_MAPPING, LlavaConfig
 
 from llava_mcore.conversion import hf_config
 from llava_mcore.settings.compose import compose
+from llava_mcore.settings.families import DECODERS, TOWERS
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "models"))
+import family_models  # noqa: E402
 
 
-def test_defaults_are_transformers() -> None:
-    text, vision = LlamaConfig().to_dict(), CLIPVisionConfig().to_dict()
-    for key, value in hf_config.DECODERS["llama"].defaults.items():
-        # transformers fills these in from the other numbers
-        derived = {"num_key_value_heads": text["num_attention_heads"], "head_dim": 4096 // 32}
-        assert text[key] == (derived[key] if value is None else value), key
-    for key, value in hf_config.TOWERS["clip"].defaults.items():
-        assert vision[key] == value, key
+@pytest.mark.parametrize(("known", "name"), [(known, name) for known in (DECODERS, TOWERS) for name in known])
+def test_defaults_are_transformers(known: dict, name: str) -> None:
+    """What a published config.json leaves out, and that its other constants are those we insist on."""
+    family = known[name]
+    theirs = CONFIG_MAPPING[family.model_type]()
+    for key, value in family.defaults.items():
+        if key in ("rope_theta", "partial_rotary_factor"):
+            assert theirs.rope_parameters.get(key, 1.0) == value, key
+        elif value is None:  # left out, and computed where it is needed
+            heads = theirs.num_attention_heads
+            assert getattr(theirs, key, None) in (None, heads, theirs.hidden_size // heads), key
+        else:
+            assert getattr(theirs, key) == value, key
+    for key, allowed in family.only.items():
+        found = getattr(theirs, key, None)
+        assert set(found if isinstance(found, list) else [found]) <= set(allowed), key
+
+
+@pytest.mark.parametrize("name", family_models.ALL)
+def test_a_config_of_our_own_is_the_same_model(name: str, tmp_path: Path) -> None:
+    """From settings to a config.json as transformers reads and writes it, and back to the same settings."""
+    model = hf_config.to_settings(family_models.config(name).to_dict())
+    (tmp_path / "config.json").write_text(json.dumps(hf_config.from_settings(model, bos_id=1, eos_id=2)))
+    again = LlavaConfig.from_pretrained(tmp_path)
+    theirs = family_models.config(name)
+    assert again.text_config.rope_parameters == theirs.text_config.rope_parameters
+    assert hf_config.same_model(hf_config.to_settings(again.to_dict()), model)
+    longer = replace(model, language=replace(model.language, max_position_embeddings=512, rotary_base=7e5))
+    changed = hf_config.updated(json.loads((tmp_path / "config.json").read_text()), longer)
+    assert hf_config.same_model(hf_config.to_settings(changed), longer) and not hf_config.same_model(model, longer)
+
+
+def test_a_config_without_parts() -> None:
     filled = LlavaConfig().to_dict()
     assert {key: filled["vision_config"][key] for key in hf_config.LLAVA_TOWER} == hf_config.LLAVA_TOWER
     bare = {"model_type": "llava", "image_token_index": 9}  # the default is outside the default vocabulary

@@ -10,21 +10,22 @@ from fractions import Fraction
 
 import av
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 
 SEGMENTS = 12  # bits of the barcode
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A photo-like RGB picture: smooth colours, edges and some noise."""
+    """A photo-like RGB picture: smooth colours, edges as sharp as a lens makes them, and the noise of a sensor."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width].astype(np.float64)
     waves = [np.sin(x * rng.uniform(0.01, 0.2) + y * rng.uniform(0.01, 0.2) + rng.uniform(0, 6)) for _ in range(3)]
-    pixels = 128 + 80 * np.stack(waves, axis=-1) + rng.normal(0, 6, (height, width, 3))
+    pixels = 128 + 80 * np.stack(waves, axis=-1)
     for _ in range(6):
         left, top = int(rng.integers(0, width)), int(rng.integers(0, height))
         pixels[top : top + height // 5 + 1, left : left + width // 5 + 1] = rng.uniform(0, 255, 3)
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    seen = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.8))
+    return Image.fromarray(np.clip(np.asarray(seen) + rng.normal(0, 6, (height, width, 3)), 0, 255).astype(np.uint8))
 
 
 def encode(image: Image.Image, format: str, **options: object) -> bytes:

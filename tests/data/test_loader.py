@@ -173,6 +173,27 @@ def test_same_streams_at_any_number_of_ranks(dataset: ShardDataset, tokenizer: T
             assert all(len(stream) == 1 for stream in together)
 
 
+def test_a_rank_reads_its_own_samples_only(dataset: ShardDataset, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    original = ShardDataset.read_record
+    monkeypatch.setattr(ShardDataset, "read_record", lambda self, index: (read.append(index), original(self, index))[1])
+    steps = [list(make(dataset, tokenizer, total_samples=53, global_batch_size=53, rank=rank, size=3)) for rank in range(3)]
+    assert sorted(read) == list(range(53))
+    assert all(len(rank[0].sample_lengths) == 53 for rank in steps)
+
+
+def test_bytes_are_read_ahead_of_decoding(dataset: ShardDataset, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    seen: list[list[int]] = []
+    original, build = StreamLoader._read_step, StreamLoader._build
+    monkeypatch.setattr(StreamLoader, "_read_step", lambda self, step, pool: (read.append(step), original(self, step, pool))[1])
+    monkeypatch.setattr(StreamLoader, "_build", lambda self, work, pool: (seen.append([*read]), build(self, work, pool))[1])
+    iterator = iter(make(dataset, tokenizer, replace(DATA, read_ahead=3)))
+    assert next(iterator).index == 0
+    iterator.close()  # type: ignore[attr-defined]
+    assert seen[0] == [0, 1, 2, 3]  # the one in the hand of the decoder, and three ahead
+
+
 @pytest.mark.parametrize("start", [1, 2, 5])
 def test_resume_equals_the_uninterrupted_run(dataset: ShardDataset, tokenizer: Tokenizer, start: int) -> None:
     def take(begin: int) -> list[Step]:

@@ -170,7 +170,7 @@ def test_state_is_small_and_refused_where_it_does_not_fit(dataset: ShardDataset,
         return Position(plans, data, options.get("seed", 1), options.get("global_batch_size", 16))
 
     state = position().state_dict(10_000_000)
-    assert len(json.dumps(state)) < 300
+    assert len(json.dumps(state)) < 350
     position().check(state)
     for data, options, name in [
         (DATA, {"seed": 2}, "train.seed: 1 in the checkpoint, 2 now"),
@@ -178,6 +178,7 @@ def test_state_is_small_and_refused_where_it_does_not_fit(dataset: ShardDataset,
         (replace(DATA, shuffle=False), {}, "data.shuffle"),
         (replace(DATA, packing_window=0), {}, "packing_window"),
         (replace(DATA, sequence_length=383), {}, "data.sequence_length"),
+        (replace(DATA, video_frames=9), {}, "data.video_frames"),
         (replace(DATA, mixture=[SourceSettings(path=str(dataset.path), sampling_strategy="first:20")]), {}, "mixture"),
         (replace(DATA, template="plain"), {}, "has no text lengths for this tokenizer and template plain"),
     ]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from llava_mcore.data import prepare
 from llava_mcore.data.errors import DatasetError
 from llava_mcore.data.image import open_rgb
 from llava_mcore.data.index import build_index
+from llava_mcore.data.quarantine import BadSample, QuarantineList
 from llava_mcore.data.shards import ShardDataset
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "prepare_data.py"
@@ -84,7 +86,7 @@ def test_shard(source: Path, name: str, picture: Picture) -> None:
     output = source.parent / "shards"
     done: list[int] = []
     report = prepare.shard(source.with_name(name), source.parent / "media", output, samples_per_shard=4, progress=done.append)
-    assert (report.samples, report.pictures, report.problems, sum(done)) == (6, 5, [], 6)
+    assert (report.samples, report.media, report.problems, sum(done)) == (6, 5, [], 6)
     dataset = ShardDataset(output)
     assert dataset.shards == ["shard-00000.tar", "shard-00001.tar"]
     assert [dataset.key(index) for index in range(6)] == ["a_1", "b_2", "c", "text", "000000004", "text-2"]
@@ -197,7 +199,7 @@ def test_missing_media(source: Path) -> None:
 def test_command_line_shard_index_lint(source: Path, sp_file: Path) -> None:
     output = source.parent / "shards"
     made = tool("shard", "--input", source, "--media", source.parent / "media", "--output", output)
-    assert made.returncode == 0 and "6 samples, 5 pictures" in made.stdout and "6/6" in made.stderr, made.stderr
+    assert made.returncode == 0 and "6 samples, 5 media" in made.stdout and "6/6" in made.stderr, made.stderr
     again = tool("shard", "--input", source, "--media", source.parent / "media", "--output", output)
     assert again.returncode == 1 and "--overwrite" in again.stderr
     digest = ShardDataset(output).digest
@@ -220,7 +222,7 @@ def test_command_line_lint_of_a_json(bad: Path) -> None:
     assert linted.returncode == 1
     for (_, reason), line in zip(BAD, linted.stdout.splitlines(), strict=False):
         assert reason in line
-    assert f"17 samples, 5 pictures, {len(BAD)} problems" in linted.stdout
+    assert f"17 samples, 5 media, {len(BAD)} problems" in linted.stdout
     shown = tool("shard", "--input", bad, "--media", bad.parent / "media", "--output", bad.parent / "out")
     assert shown.returncode == 1 and "--skip-bad" in shown.stderr and "missing picture" in shown.stderr
     left = tool("shard", "--input", bad, "--media", bad.parent / "media", "--output", bad.parent / "out", "--skip-bad")
@@ -262,3 +264,33 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     parts = "llava_mcore.data.prepare, llava_mcore.data.shards, llava_mcore.data.conversation, llava_mcore.data.tokenizer"
     done = subprocess.run([sys.executable, "-c", f"import {parts}, sys; assert 'torch' not in sys.modules"], cwd=TOOL.parents[1])
     assert done.returncode == 0
+
+
+def test_command_line_info_preview_quarantine(source: Path, sp_file: Path) -> None:
+    output = source.parent / "shards"
+    prepare.shard(source, source.parent / "media", output)
+    indexed = tool("index", output, "--tokenizer", sp_file, "--template", "vicuna_v1")
+    assert (
+        indexed.returncode == 0 and "text of 6 samples" in indexed.stdout and "0 samples make no conversation" in indexed.stdout
+    )
+    said = tool("info", output)
+    assert said.returncode == 0 and "6 samples in 1 shards" in said.stdout and ".png: 3" in said.stdout
+    assert "template vicuna_v1" in said.stdout
+    page = source.parent / "page.html"
+    shown = tool(
+        "preview", output, "--tokenizer", sp_file, "--output", page, "--samples", 3, "--settings", "experiment=quickstart"
+    )
+    assert shown.returncode == 0, shown.stderr
+    text = page.read_text()
+    assert text.count("<section>") == 3 and "16 picture embeddings" in text and "data:image/png;base64," in text
+    learned = re.findall(r'<span class="token learned">(.*?)</span>', text.split("<section>")[1])
+    assert "".join(learned).replace("&lt;2&gt;", "").strip() == "It is a seven."
+    wrong = tool("preview", output, "--tokenizer", sp_file, "--output", page, "--settings", "data.tempalte=plain")
+    assert wrong.returncode == 1 and "data.template" in wrong.stderr
+    log, listed = source.parent / "quarantine.jsonl", source.parent / "list.json"
+    log.write_text(BadSample(str(output), "shard-00000.tar", "c", 0, "broken").line(3) + "\n")
+    made = tool("quarantine", log, "--list", listed, "--from-sample", 64)
+    assert made.returncode == 0 and "1 samples more, from sample 64" in made.stdout
+    assert [name[1:] for name in QuarantineList(listed).at(64)] == [("shard-00000.tar", "c")]
+    missing = tool("quarantine", source.parent / "nowhere", "--list", listed)
+    assert missing.returncode == 1 and "no quarantine log" in missing.stderr

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,6 +29,7 @@ from llava_mcore.models.backend import problems_here  # noqa: E402
 from llava_mcore.settings.compose import compose  # noqa: E402
 from llava_mcore.settings.derive import derive  # noqa: E402
 from llava_mcore.settings.schema import Settings  # noqa: E402
+from llava_mcore.training.dry_run import stages  # noqa: E402
 from llava_mcore.training.engine import forward_backward  # noqa: E402
 from llava_mcore.training.observe.flops import FlopsCounter, peak_flops  # noqa: E402
 from llava_mcore.training.optimizer import build_optimizer, freeze  # noqa: E402
@@ -43,7 +44,17 @@ FP8 = {
     "FP8 tensorwise": ["precision=fp8_hybrid", "precision.fp8_first_last_bf16=0"],
     "FP8 blockwise": ["precision=fp8_blockwise"],
 }
-_taken: dict[tuple[str, int], tuple[float, float, float] | None] = {}
+
+
+class Figures(NamedTuple):
+    """What one choice of layers and kernels gives."""
+
+    tokens_per_second: float
+    mfu: float  # of the bfloat16 peak
+    memory: str
+
+
+_taken: dict[tuple[str, int], Figures | None] = {}
 
 
 def settings(layers: int, *overrides: str) -> Settings:
@@ -95,8 +106,8 @@ def timed(step: Callable[[], Any], quick: bool) -> tuple[float, float]:
     return statistics.median(seconds), float(torch.cuda.max_memory_allocated())
 
 
-def ours(overrides: list[str], quick: bool, samples: int = SAMPLES) -> tuple[float, float, float] | None:
-    """Tokens/s, MFU of the bfloat16 peak (0 where it isn't known) and peak memory in GiB; None where it cannot run."""
+def ours(overrides: list[str], quick: bool, samples: int = SAMPLES) -> Figures | None:
+    """Tokens/s, MFU of the bfloat16 peak (0 where it isn't known) and peak memory; None where it cannot run."""
     key = (" ".join(overrides), samples)
     if key not in _taken:
         run = settings(2 if quick else 6, *overrides)
@@ -108,7 +119,7 @@ def ours(overrides: list[str], quick: bool, samples: int = SAMPLES) -> tuple[flo
     return _taken[key]
 
 
-def _measured(run: Settings, quick: bool, samples: int) -> tuple[float, float, float]:
+def _measured(run: Settings, quick: bool, samples: int) -> Figures:
     built = subject.Subject(run, prepare=lambda model, groups: freeze(model, run.train.freeze, groups))
     optimizer, scheduler = build_optimizer(built.ddp, run.train, run.parallel, derive(run, 1000, 1), built.groups)
     batch = text_batch(samples)
@@ -125,7 +136,11 @@ def _measured(run: Settings, quick: bool, samples: int) -> tuple[float, float, f
     built.close()
     flops = FlopsCounter(run).step(batch.sample_lengths, 0)
     peak = peak_flops(torch.cuda.get_device_name(), "bfloat16")
-    return TOKENS / seconds, flops / seconds / peak if peak else 0.0, peak_bytes / 2**30
+    estimate = sum(stages(run)[0].memory(run, 1).values())
+    memory = (
+        f"{peak_bytes / 2**30:.1f} GiB at the peak, {estimate / 2**30:.1f} of them weights, gradients and optimizer by estimate"
+    )
+    return Figures(TOKENS / seconds, flops / seconds / peak if peak else 0.0, memory)
 
 
 def transformers(quick: bool) -> float:
@@ -157,7 +172,7 @@ def transformers(quick: bool) -> float:
     return TOKENS / timed(step, quick)[0]
 
 
-def best(choices: dict[str, list[str]], quick: bool, samples: int = SAMPLES) -> tuple[str, tuple[float, float, float]] | None:
+def best(choices: dict[str, list[str]], quick: bool, samples: int = SAMPLES) -> tuple[str, Figures] | None:
     """The fastest of those that run here."""
     found = {name: figures for name, overrides in choices.items() if (figures := ours(overrides, quick, samples)) is not None}
     return max(found.items(), key=lambda item: item[1][0]) if found else None
@@ -165,25 +180,25 @@ def best(choices: dict[str, list[str]], quick: bool, samples: int = SAMPLES) -> 
 
 def mfu(quick: bool) -> Measure:
     """Of the fastest bfloat16 backend; the peer's figure is the floor that was set."""
-    name, (rate, share, peak) = best(BF16, quick) or _nothing("bfloat16")
+    name, (rate, share, memory) = best(BF16, quick) or _nothing("bfloat16")
     each = "; ".join(f"{other}: {f[0]:,.0f} tokens/s" for other in BF16 if (f := ours(BF16[other], quick)) is not None)
-    return Measure(share, 0.5, "MFU", 1.0, note=f"{name}, {rate:,.0f} tokens/s, {peak:.1f} GiB; peer = floor of 50 %. {each}")
+    return Measure(share, 0.5, "MFU", 1.0, note=f"{name}, {rate:,.0f} tokens/s, {memory}; peer = floor of 50 %. {each}")
 
 
 def over_transformers(quick: bool) -> Measure:
     """Tokens/s in bfloat16, both on one sample of 4096 tokens."""
-    name, (rate, _, peak) = best(BF16, quick, samples=1) or _nothing("bfloat16")
+    name, (rate, _, memory) = best(BF16, quick, samples=1) or _nothing("bfloat16")
     peer = transformers(quick)
     gc.collect()
     torch.cuda.empty_cache()
-    return Measure(rate, peer, "tokens/s", 1.3, note=f"{name}, {peak:.1f} GiB, one sample of {TOKENS} tokens")
+    return Measure(rate, peer, "tokens/s", 1.3, note=f"{name}, {memory}, one sample of {TOKENS} tokens")
 
 
 def fp8_over_bf16(quick: bool) -> Measure:
     """Tokens/s of the fastest FP8 recipe over the fastest bfloat16 backend."""
-    name, (rate, _, peak) = best(FP8, quick) or _nothing("FP8")
+    name, (rate, _, memory) = best(FP8, quick) or _nothing("FP8")
     other, (bf16, _, _) = best(BF16, quick) or _nothing("bfloat16")
-    return Measure(rate, bf16, "tokens/s", 1.3, note=f"{name}, {peak:.1f} GiB, over {other}")
+    return Measure(rate, bf16, "tokens/s", 1.3, note=f"{name}, {memory}, over {other}")
 
 
 def _nothing(what: str) -> Any:

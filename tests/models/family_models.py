@@ -94,23 +94,26 @@ def patches(name: str) -> int:
     return (oracle.IMAGE_SIZE // SIGLIP_PATCH) ** 2 if "siglip" in name else oracle.PATCHES
 
 
-def build(name: str) -> LlavaForConditionalGeneration:
-    """The model ``name``, float32."""
-    torch.manual_seed(11)
+def config(name: str) -> LlavaConfig:
+    """Its sizes."""
     text = _texts()[name]
     siglip = "siglip" in name
     sizes = {"hidden_size": 40, "intermediate_size": 52, "num_hidden_layers": 3, "num_attention_heads": 2}
     tower = SiglipVisionConfig if siglip else CLIPVisionConfig
-    vision = tower(**sizes, image_size=oracle.IMAGE_SIZE, patch_size=SIGLIP_PATCH if siglip else oracle.PATCH)
-    config = LlavaConfig(
-        vision_config=vision,
+    return LlavaConfig(
+        vision_config=tower(**sizes, image_size=oracle.IMAGE_SIZE, patch_size=SIGLIP_PATCH if siglip else oracle.PATCH),
         text_config=text,
         image_token_id=oracle.IMAGE_TOKEN,
         vision_feature_select_strategy="full" if siglip else "default",
         vision_feature_layer=-2,
         tie_word_embeddings=text.tie_word_embeddings,
     )
-    model = LlavaForConditionalGeneration(config).float()
+
+
+def build(name: str) -> LlavaForConditionalGeneration:
+    """The model ``name``, float32."""
+    torch.manual_seed(11)
+    model = LlavaForConditionalGeneration(config(name)).float()
     for key, parameter in model.named_parameters():
         centre = 1.0 if "norm" in key and key.endswith("weight") else 0.0
         parameter.data.normal_(centre, 0.12)

@@ -20,6 +20,7 @@ from llava_mcore.models import layers
 from llava_mcore.models.attention import PackedAttention, PackedSamples
 from llava_mcore.models.backend import (
     FLASH_ATTN,
+    FUSED_GRADIENTS,
     TE,
     TORCH_FLASH,
     backend_problems,
@@ -76,10 +77,18 @@ def test_auto_takes_the_fastest_that_works(dtype, cuda, present, backend, attent
 
 
 def test_what_was_asked_for_is_kept():
-    asked = PrecisionSettings(backend="torch", attention="sdpa")
+    asked = PrecisionSettings(backend="torch", attention="sdpa", gradient_accumulation_fusion=False)
     assert resolve(asked, "bfloat16", True, EVERYTHING) == asked
-    asked = PrecisionSettings(backend="transformer_engine", attention="flash")
+    asked = PrecisionSettings(backend="transformer_engine", attention="flash", gradient_accumulation_fusion=True)
     assert resolve(asked, "float32", False, set()) == asked
+
+
+@pytest.mark.parametrize(
+    ("backend", "present", "fused"),
+    [("transformer_engine", {TE}, True), ("torch", {FUSED_GRADIENTS}, True), ("torch", set(), False)],
+)
+def test_gradients_are_accumulated_by_the_products_where_that_can_be(backend, present, fused):
+    assert resolve(PrecisionSettings(backend=backend), "bfloat16", True, present).gradient_accumulation_fusion is fused
 
 
 def test_this_machine_runs_the_defaults():
@@ -98,6 +107,11 @@ def test_presets_fit_llava_on_hopper(preset):
 REFUSED = {
     "no GPU": (["precision.backend=transformer_engine"], {"cuda": False}, "needs a GPU; set precision.backend=torch"),
     "not installed": (["precision.backend=transformer_engine"], {"present": set()}, "pip install --no-build-isolation"),
+    "no Apex": (
+        ["precision.backend=torch", "precision.gradient_accumulation_fusion=true"],
+        {"present": set()},
+        "fused_weight_gradient_mlp_cuda is not there; install NVIDIA's Apex",
+    ),
     "float32": (["precision.backend=transformer_engine", "train.dtype=float32"], {}, "needs train.dtype=bfloat16, not float32"),
     "fp8 on torch": (["precision.fp8=hybrid", "precision.backend=torch"], {}, "precision.fp8=hybrid needs Transformer Engine"),
     "fp8, nothing installed": (["precision.fp8=hybrid"], {"present": set()}, "precision.fp8=hybrid needs Transformer Engine"),
@@ -192,11 +206,11 @@ def test_fp8_fields_reach_the_modules_they_are_for():
         "precision=fp8_hybrid", "precision.fp8_modules=[language_model,vision_tower]", "precision.fp8_param_gather=true"
     )
     arguments = (run.model, run.parallel, DTYPES["bfloat16"])
-    decoder = decoder_config(*arguments, "none", run.precision)
+    decoder = decoder_config(*arguments, precision=run.precision)
     assert (decoder.fp8, decoder.fp8_recipe, decoder.fp8_param) == ("hybrid", "tensorwise", True)
     assert decoder.first_last_layers_bf16 and decoder.num_layers_at_start_in_bf16 == decoder.num_layers_at_end_in_bf16 == 1
     assert decoder.transformer_impl == "transformer_engine" and decoder.attention_backend == AttnBackend.auto
-    tower = tower_config(*arguments, run.precision)
+    tower = tower_config(*arguments, precision=run.precision)
     assert tower.fp8 == "hybrid" and not tower.first_last_layers_bf16
     projector = projector_config(*arguments, run.precision)
     assert projector.fp8 is None and projector.transformer_impl == "transformer_engine"
@@ -209,7 +223,7 @@ def test_delayed_scaling_keeps_a_history():
 
 def test_without_asking_the_configuration_is_the_portable_one():
     run = settings()
-    config = decoder_config(run.model, run.parallel, DTYPES["float32"], "none")
+    config = decoder_config(run.model, run.parallel, DTYPES["float32"])
     assert config.transformer_impl == "local" and config.attention_backend == AttnBackend.local and config.fp8 is None
     assert parts_of(config) is TORCH
 
@@ -349,7 +363,7 @@ def test_packed_samples_go_through_the_flash_kernel_where_it_is_chosen(monkeypat
 
     monkeypatch.setattr("llava_mcore.models.attention.flash_attention", plain)
     run = compose(["experiment=quickstart"])
-    config = decoder_config(run.model, run.parallel, torch.float32, "none")
+    config = decoder_config(run.model, run.parallel, torch.float32)
     arguments = (1, AttnMaskType.causal, "self")
     one_by_one = PackedAttention(config, *arguments)
     config.attention_backend = AttnBackend.flash

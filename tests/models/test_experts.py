@@ -19,8 +19,10 @@ import ours  # noqa: E402
 from test_layouts import batches, difference, settings  # noqa: E402
 
 from llava_mcore.data.loader import Batch  # noqa: E402
+from llava_mcore.evaluation.inference import Inference  # noqa: E402
 from llava_mcore.models.initialize import initialize  # noqa: E402
 from llava_mcore.parallel import groups as process_groups  # noqa: E402
+from llava_mcore.settings.compose import SettingsError  # noqa: E402
 from llava_mcore.settings.schema import Settings  # noqa: E402
 from llava_mcore.training.checkpoint import model_state, sharding_metadata  # noqa: E402
 from llava_mcore.training.engine import distribute, forward_backward  # noqa: E402
@@ -139,3 +141,9 @@ def test_balancing_loss_is_that_of_switch_transformers() -> None:
     expected = matrix.grad * weight * len(batch.labels_T) / batch.loss_tokens
     assert expected.abs().max() > 0
     assert torch.allclose(with_it[0] - without[0], expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)
+
+
+def test_replicas_that_share_experts_do_not_generate() -> None:
+    """They would wait for each other for ever, as each answers at its own pace."""
+    with pytest.raises(SettingsError, match="parallel.expert must be 1 to generate"):
+        Inference(experts({"expert": 2}), None)

@@ -362,3 +362,19 @@ def test_dump_can_be_used_as_a_users_config(tree):
     assert settings.train.output_dir == "1e5"  # a text, which a careless dump would turn into a number
     folder = tree("config.yaml", dump_yaml(settings))
     assert compose([], folder) == settings
+
+
+def test_mixtures():
+    sources = "[{path: a, weight: 1}, {path: b, weight: {0: 1, 500: 2}, sampling_strategy: 'first:10%'}]"
+    settings = compose(["experiment=quickstart", f"data.mixture={sources}"])
+    assert [source.weight for source in settings.data.mixture] == [1.0, {0: 1.0, 500: 2.0}]
+    assert from_dict(yaml.safe_load(dump_yaml(settings))) == settings
+    for overrides, problem in [
+        (["data.mixture=[{path: a, wieght: 1}]"], "data.mixture[0].wieght: unknown setting"),
+        (["data.mixture=[{path: a, weight: 1}, {path: b}]"], "give every dataset a weight, or none"),
+        (["data.mixture=[{path: a, weight: 1, epochs: 2}]"], "give every dataset a weight, or none"),
+        (["data.path=a", "data.mixture_file=b"], "path and mixture_file exclude each other"),
+    ]:
+        with pytest.raises(SettingsError) as caught:
+            compose(["experiment=quickstart", *overrides])
+        assert problem in str(caught.value)

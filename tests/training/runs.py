@@ -73,6 +73,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2xPP2": (4, {"tensor": 2, "pipeline": 2}),
     "TP2xDP2": (4, {"tensor": 2}),
     "PP2xDP2": (4, {"pipeline": 2}),
+    "EP2": (2, {"expert": 2}),
 }
 
 

@@ -208,4 +208,11 @@ def test_peak(name, peak):
 
 
 def test_peak_of_a_type_nobody_measures_is_unknown():
-    assert peak_flops("NVIDIA H100", "float8") is None
+    assert peak_flops("NVIDIA A100-SXM4-80GB", "float8") is None
+    assert peak_flops("NVIDIA H100 80GB HBM3", "float8") == 2 * peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") + 1e12
+
+
+def test_the_head_counts_labelled_tokens():
+    counter, language = FlopsCounter(compose(["experiment=quickstart"])), compose(["experiment=quickstart"]).model.language
+    each = 3 * 2 * language.hidden_size * language.vocab_size
+    assert counter.step([40], 1) - counter.step([40], 1, labelled=7) == 33 * each

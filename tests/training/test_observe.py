@@ -105,7 +105,8 @@ def test_console_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("eta ?")  # nothing is known yet but the first step, which is no measure
     assert lines[1] == (
-        "step  2/10 | loss 0.2500 | lr 1.00e-03 | norm 0.5 | 1,800 tok/s | pad 10.0% | wait 20.0% | 500 ms | 4 TFLOP/s | eta 0:00:04"
+        "step  2/10 | loss 0.2500 | lr 1.00e-03 | norm 0.5 | 1,800 tok/s | pad 10.0% | wait 20.0% | 500 ms | 4 TFLOP/s | "
+        "eta 0:00:04"
     )
     assert lines[3].endswith("eta 0:00:06")  # 6 steps at the median of 0.5, 9 and 1 seconds
     assert lines[4].startswith("3 steps in 0:00:10, 257 tok/s")  # 2,700 tokens in 10.5 seconds

@@ -98,7 +98,10 @@ def test_bad_samples_are_skipped_and_named(broken: Material, tmp_path: Path, lay
 
 def test_the_count_survives_a_resume(broken: Material, tmp_path: Path) -> None:
     settings = broken.settings(tmp_path / "run", train={"steps": 4})
-    runs.train("1", runs.changed(settings, train={"stop_after": 3}), settings)
+    runs.train("1", runs.changed(settings, train={"stop_after": 3}))
+    with (tmp_path / "run" / QUARANTINE_LOG).open("a") as log:  # of steps after the checkpoint, and of a write that was killed
+        log.write('{"step": 4, "key": "again"}\n{"step": 4, "da')
+    runs.train("1", settings)
     assert read_metrics(tmp_path / "run")[-1]["bad_samples"] == 2
     assert len(logged(tmp_path / "run")) == len(BROKEN)
 

@@ -43,6 +43,7 @@ class StepRecord:
         waited: seconds of the step in which the model waited for data, mean over the ranks that read.
         flops: model FLOPs of the step (``FlopsCounter.step``).
         encoder_imbalance: longest over mean share of the pictures that were dealt over ranks; None where they were not.
+        blank_pictures: pictures that only fill up the products of an FP8 tower; None without one.
     """
 
     step: int
@@ -60,6 +61,7 @@ class StepRecord:
     waited: float = 0.0
     flops: int = 0
     encoder_imbalance: float | None = None
+    blank_pictures: int | None = None
 
 
 class Observer:
@@ -82,7 +84,7 @@ class Observer:
         self._active = is_first
         self._run_dir = Path(run_dir)
         self._train = settings.train
-        self._peak = peak_flops(device_name, settings.train.dtype)
+        self._peak = peak_flops(device_name, "float8" if settings.precision.fp8 else settings.train.dtype)
         self._world_size = world_size
         self._recent: deque[float] = deque(maxlen=RECENT_STEPS)
         self._counted_steps = self._counted_tokens = 0
@@ -153,6 +155,8 @@ class Observer:
             metrics["mfu"] = record.flops / seconds / (self._peak * self._world_size)
         if record.encoder_imbalance is not None:
             metrics["encoder_imbalance"] = record.encoder_imbalance
+        if record.blank_pictures is not None:
+            metrics["blank_pictures"] = record.blank_pictures
         metrics |= {
             "tokens": record.tokens,
             "visual_tokens": record.visual_tokens,

@@ -8,7 +8,7 @@ heads, f MLP width, V vocabulary:
     decoder layer, linear       2 T (h d (2 q + 2 g) + 3 h f)      with experts: k of them a token, and h times their number
     decoder layer, attention    4 q d * sum over samples of L (L + 1) / 2   (a token sees itself and its sample before it, or as
                                                                              much of it as a sliding window shows)
-    head                        2 T h V
+    head                        2 N h V                N tokens with a label: nothing is computed for the others
     tower, patches              2 P (3 p^2) h          P patches of p x p pixels
     tower layer, linear         2 K (4 h^2 + 2 h f)    K = P, and one for the class token where there is one
     tower layer, attention      4 h K^2                (every token attends to all)
@@ -35,19 +35,19 @@ MODULES = ("vision_tower", "projector", "language_model")
 # Dense peaks, without sparsity, as NVIDIA publishes them: (words of torch's device name, tried in this order) -> FLOP/s per type.
 # float32 is the rate outside the tensor cores, as torch multiplies by default (TF32 off).
 _PEAKS = (
-    ("B200", {"bfloat16": 2250e12, "float32": 75e12}),
-    ("GH200", {"bfloat16": 989e12, "float32": 67e12}),
-    ("H200 NVL", {"bfloat16": 835e12, "float32": 60e12}),
-    ("H200", {"bfloat16": 989e12, "float32": 67e12}),
-    ("H100 NVL", {"bfloat16": 835e12, "float32": 60e12}),
-    ("H100 PCIe", {"bfloat16": 756e12, "float32": 51e12}),
-    ("H100", {"bfloat16": 989e12, "float32": 67e12}),
-    ("H800", {"bfloat16": 989e12, "float32": 67e12}),
+    ("B200", {"float8": 4500e12, "bfloat16": 2250e12, "float32": 75e12}),
+    ("GH200", {"float8": 1979e12, "bfloat16": 989e12, "float32": 67e12}),
+    ("H200 NVL", {"float8": 1671e12, "bfloat16": 835e12, "float32": 60e12}),
+    ("H200", {"float8": 1979e12, "bfloat16": 989e12, "float32": 67e12}),
+    ("H100 NVL", {"float8": 1671e12, "bfloat16": 835e12, "float32": 60e12}),
+    ("H100 PCIe", {"float8": 1513e12, "bfloat16": 756e12, "float32": 51e12}),
+    ("H100", {"float8": 1979e12, "bfloat16": 989e12, "float32": 67e12}),
+    ("H800", {"float8": 1979e12, "bfloat16": 989e12, "float32": 67e12}),
     ("A100", {"bfloat16": 312e12, "float32": 19.5e12}),
     ("A800", {"bfloat16": 312e12, "float32": 19.5e12}),
-    ("L40S", {"bfloat16": 362e12, "float32": 91.6e12}),
+    ("L40S", {"float8": 733e12, "bfloat16": 362e12, "float32": 91.6e12}),
     ("A10", {"bfloat16": 125e12, "float32": 31.2e12}),
-    ("L4", {"bfloat16": 121e12, "float32": 30.3e12}),
+    ("L4", {"float8": 242e12, "bfloat16": 121e12, "float32": 30.3e12}),
 )
 
 
@@ -56,7 +56,7 @@ def peak_flops(device_name: str, dtype: str) -> float | None:
 
     Args:
         device_name: as ``torch.cuda.get_device_name`` gives it, for instance ``NVIDIA H100 80GB HBM3``.
-        dtype: ``bfloat16`` or ``float32``.
+        dtype: ``float8``, ``bfloat16`` or ``float32``.
     """
     words = device_name.upper().replace("-", " ").split()
     for part, peaks in _PEAKS:
@@ -92,22 +92,23 @@ class FlopsCounter:
         self._model = settings.model
         self._trained = trained_modules(settings)
 
-    def step(self, sample_lengths: Sequence[int], pictures: int) -> int:
+    def step(self, sample_lengths: Sequence[int], pictures: int, labelled: int | None = None) -> int:
         """FLOPs of one step.
 
         Args:
             sample_lengths: tokens of every sample, image embeddings included, padding not.
             pictures: pictures of all samples.
+            labelled: tokens with a label (None: all of them).
         """
-        return sum(self.breakdown(sample_lengths, pictures).values())
+        return sum(self.breakdown(sample_lengths, pictures, labelled).values())
 
-    def breakdown(self, sample_lengths: Sequence[int], pictures: int) -> dict[str, int]:
+    def breakdown(self, sample_lengths: Sequence[int], pictures: int, labelled: int | None = None) -> dict[str, int]:
         """FLOPs of one step by module: ``vision_tower``, ``projector``, ``language_model`` (its head included)."""
-        return self._count(sample_lengths, pictures, backward=True)
+        return self._count(sample_lengths, pictures, labelled, backward=True)
 
-    def forward(self, sample_lengths: Sequence[int], pictures: int) -> dict[str, int]:
+    def forward(self, sample_lengths: Sequence[int], pictures: int, labelled: int | None = None) -> dict[str, int]:
         """FLOPs of the forward pass alone, by module."""
-        return self._count(sample_lengths, pictures, backward=False)
+        return self._count(sample_lengths, pictures, labelled, backward=False)
 
     def cost(self) -> Cost:
         """What a sample costs in decoder tokens, for dealing streams to ranks: the same FLOPs, forward and backward."""
@@ -116,9 +117,9 @@ class FlopsCounter:
         token = alone - pair / 2
         return Cost(attention_length=2 * token / pair, picture=self.step([], 1) / token)
 
-    def _count(self, sample_lengths: Sequence[int], pictures: int, backward: bool) -> dict[str, int]:
+    def _count(self, sample_lengths: Sequence[int], pictures: int, labelled: int | None, backward: bool) -> dict[str, int]:
         totals = dict.fromkeys(MODULES, 0)
-        for product in [*self._vision(pictures), *self._language(sample_lengths)]:
+        for product in [*self._vision(pictures), *self._language(sample_lengths, labelled)]:
             times = 1
             if backward:
                 crossed = any(module in self._trained for module in product.below)
@@ -143,10 +144,11 @@ class FlopsCounter:
             products.append(_Product("projector", 2 * embeddings * decoder_width**2, True, (*tower, "projector")))
         return products
 
-    def _language(self, sample_lengths: Sequence[int]) -> list[_Product]:
+    def _language(self, sample_lengths: Sequence[int], labelled: int | None) -> list[_Product]:
         language = self._model.language
         width, queries, groups = language.hidden_size, language.num_attention_heads, language.query_groups
         tokens = sum(sample_lengths)
+        asked = tokens if labelled is None else labelled
         pairs = sum(_pairs(length, language.sliding_window) for length in sample_lengths)
         linear = width * language.head_dim * (2 * queries + 2 * groups)
         if language.num_experts is None:
@@ -156,7 +158,7 @@ class FlopsCounter:
         return [
             _Product("language_model", 2 * tokens * language.num_layers * linear, True, MODULES),
             _Product("language_model", 4 * queries * language.head_dim * language.num_layers * pairs, False, MODULES),
-            _Product("language_model", 2 * tokens * width * language.vocab_size, True, MODULES),
+            _Product("language_model", 2 * asked * width * language.vocab_size, True, MODULES),
         ]
 
 

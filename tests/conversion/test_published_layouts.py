@@ -12,7 +12,6 @@ import torch
 from conversion_material import IMAGE_TOKEN, assert_same, edit_json, export_hf, import_hf, make_model, rewrite, tensors
 from safetensors.torch import load_file, save_file
 from transformers import (
-    AutoModelForCausalLM,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
@@ -205,6 +204,18 @@ def test_tower_and_decoder(tower: Path, decoder: Path, tmp_path: Path) -> None:
     assert torch.equal(tensors(tmp_path / "again")["multi_modal_projector.linear_1.bias"], given["model.mm_projector.0.bias"])
 
 
+@pytest.mark.parametrize("name", ["groups2", "groups3_tied_full"])
+def test_decoder_out(saved: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """The language model alone answers text as the whole does, and can be put together with a tower again."""
+    import_hf(saved[name], tmp_path / "checkpoint")
+    report = convert.export_hf(
+        tmp_path / "checkpoint", tmp_path / "decoder", layout="decoder", compare_logits=name == "groups3_tied_full"
+    )
+    assert report is not None and (name == "groups2" or "match on 12 tokens" in str(report.logits))
+    theirs, whole = tensors(tmp_path / "decoder"), tensors(saved[name])
+    assert_same(theirs, {k.removeprefix("language_model."): v for k, v in whole.items() if k.startswith("language_model.")})
+
+
 def test_vocabulary_grows(saved: dict[str, Path], tmp_path: Path) -> None:
     """Asked for, or because tokens were added to the tokenizer; an export keeps the rows, its config knows them."""
     source = shutil.copytree(saved["groups2"], tmp_path / "source")
@@ -220,6 +231,8 @@ def test_vocabulary_grows(saved: dict[str, Path], tmp_path: Path) -> None:
     assert torch.equal(tensors(tmp_path / "back")["language_model.lm_head.weight"], head[:104])
     import_hf(saved["groups2"], tmp_path / "asked", vocab_size=130)
     assert embeddings(tmp_path / "asked").shape[0] == 192
+    with pytest.raises(ConversionError, match="leave out --tower"):
+        import_hf(saved["groups2"], tmp_path / "towers", tower=saved["groups2"])
     with pytest.raises(ConversionError, match="vocab_size 100 is smaller than the 101 rows"):
         import_hf(saved["groups2"], tmp_path / "less", vocab_size=100)
 
@@ -288,10 +301,9 @@ def test_deltas(decoder: Path, tower: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(tensor, content[name], rtol=0, atol=1e-6)
     with pytest.raises(ConversionError, match="does not fit"):
         apply_delta(tower, tmp_path / "delta", tmp_path / "none")
-    AutoModelForCausalLM.from_pretrained(decoder)
 
 
-def test_images_of_another_token(saved: dict[str, Path], tmp_path: Path) -> None:
+def test_two_layouts_compare(saved: dict[str, Path], tmp_path: Path) -> None:
     """Checkpoints of one model in two layouts are compared by what they hold."""
     import_hf(saved["groups2"], tmp_path / "checkpoint")
     export_hf(tmp_path / "checkpoint", tmp_path / "back", layout="llava-hf")
