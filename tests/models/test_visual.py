@@ -84,13 +84,21 @@ def test_every_size_equals_transformers(model) -> None:
     assert worst < TOLERANCE
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_equal_transformers(model, layout: str) -> None:
+@pytest.fixture(scope="module")
+def answers(model):
+    """A few samples, and what transformers makes of them."""
     kind, hf, checkpoint = model
-    size, parallel = LAYOUTS[layout]
     geometry = read_model_settings(checkpoint).geometry
     samples = oracle.make_samples(geometry, kind, 12, CLIPS[:2] if kind != "llava_next" else [])
-    theirs = oracle.run_transformers(hf, samples)
+    return samples, oracle.run_transformers(hf, samples)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_equal_transformers(model, answers, layout: str) -> None:
+    kind, _, checkpoint = model
+    samples, theirs = answers
+    size, parallel = LAYOUTS[layout]
+    geometry = read_model_settings(checkpoint).geometry
     streams = [*oracle.streams(samples, STREAM), []]  # one without any picture
     results = ranks(size).run(
         ours.run_layout, checkpoint, parallel, oracle.batches(samples, streams, STREAM, geometry.image_size)
