@@ -32,9 +32,11 @@ from llava_mcore.data.plan import Planner  # noqa: E402
 from llava_mcore.data.shards import COLUMNS, FORMAT_VERSION, INDEX_DIR, META_FILE, UNREADABLE_FILE, ShardDataset, ShardWriter  # noqa: E402
 from llava_mcore.data.sources import Blend, Source, open_blend  # noqa: E402
 from llava_mcore.data.tokenizer import load_tokenizer  # noqa: E402
+from llava_mcore.geometry import Geometry  # noqa: E402
 from llava_mcore.settings.schema import DataSettings, VisionSettings  # noqa: E402
 
 BATCH = 128
+GEOMETRY = Geometry(336, 24)
 WIDTH = 4096  # of the decoder that costs are those of
 
 
@@ -88,7 +90,7 @@ def opened(folder: Path, seed: int = 1) -> Source:
 def planner(sources: list[Source], weights: list[float], length: int, batch: int = BATCH) -> Planner:
     """The planner of a run over made-up datasets."""
     blend = Blend(sources, Scheduled({0: ByWeight(weights)}), sum(source.order.size for source in sources), None)
-    return Planner(blend, DataSettings(sequence_length=length), 576, seed=1, global_batch_size=batch)
+    return Planner(blend, DataSettings(sequence_length=length), GEOMETRY, seed=1, global_batch_size=batch)
 
 
 # ---- measures ----
@@ -163,7 +165,7 @@ def quality(plans: Planner, length: int, ranks: int = 8) -> str:
     """How evenly the streams of some steps fall on ranks, and how many slots are empty once they are dealt."""
     cost = Cost(12 * WIDTH, 300.0)
     data = DataSettings(sequence_length=length, streams_multiple=ranks)
-    grouped = Planner(plans.blend, data, 576, seed=1, global_batch_size=512)
+    grouped = Planner(plans.blend, data, GEOMETRY, seed=1, global_batch_size=512)
     ratios, tokens, slots = [], 0, 0
     for number in range(grouped.window_steps * 4):
         step = grouped.step(number)
@@ -256,8 +258,15 @@ def memory(quick: bool) -> Measure:
         tokenizer = load_tokenizer(tokenizer_folder)
         data = DataSettings(path=str(shards), tokenizer=str(tokenizer_folder), sequence_length=1024, image_mode="square")
         blend = open_blend(data, tokenizer, 1, BATCH)
-        plans = Planner(blend, data, vision.embeddings_per_image, seed=1, global_batch_size=BATCH, total_samples=count)
-        loader = StreamLoader(plans, tokenizer, data, vision, 3, rank=0, size=1, micro_batch_size=1)
+        plans = Planner(
+            blend,
+            data,
+            Geometry(vision.image_size, vision.image_size // vision.patch_size),
+            seed=1,
+            global_batch_size=BATCH,
+            total_samples=count,
+        )
+        loader = StreamLoader(plans, tokenizer, data, 3, rank=0, size=1, micro_batch_size=1)
         seen, resident = 0, []
         began = time.perf_counter()
         for step in loader:

@@ -220,10 +220,8 @@ def over_text_only(quick: bool) -> Measure:
             build_lengths(shards, tokenizer_folder, side.data.template)
             data = dataclasses.replace(side.data, path=str(shards), packing_window=0)
             blend = open_blend(data, tokenizer, 4, plan.loaded_samples)
-            planner = Planner(blend, data, each, seed=4, global_batch_size=plan.loaded_samples)
-            loader = StreamLoader(
-                planner, tokenizer, data, model.vision, model.image_token_id, rank=0, size=1, micro_batch_size=1
-            )
+            planner = Planner(blend, data, model.geometry, seed=4, global_batch_size=plan.loaded_samples)
+            loader = StreamLoader(planner, tokenizer, data, model.image_token_id, rank=0, size=1, micro_batch_size=1)
             runs.append((Ours(side, one_process(), text_only=not pictures), iter(loader)))
         seen: list[tuple[list[int], int]] = []
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from llava_mcore.conversion import distributed, exported, hf_files, layouts, logits, workers
-from llava_mcore.conversion.families import ConversionError
+from llava_mcore.conversion.families import OUR_MODULE, ConversionError
 from llava_mcore.conversion.transfer import (
     ExportShare,
     ImportShare,
@@ -179,6 +179,8 @@ def export_hf(
 def load_hf_into(sharded_state_dict: dict[str, Any], source: str | Path) -> None:
     """Fills this rank's slices of a model from a Hugging Face folder, without a checkpoint between; no process waits for another.
 
+    A learned token that the folder lacks keeps the value it has.
+
     Args:
         sharded_state_dict: the model's, keyed as in weights/.
         source: the folder with config.json and safetensors.
@@ -200,6 +202,7 @@ def load_hf_into(sharded_state_dict: dict[str, Any], source: str | Path) -> None
                 slices[shard.key].append(shard)
     with closing(HuggingFaceView(source)) as view, torch.no_grad():
         missing = sorted(slices.keys() - {entry.ours for entry in view.plan.tensors})
+        missing = [name for name in missing if not name.startswith(OUR_MODULE["learned_tokens"])]
         if missing:
             raise ConversionError(f"{source}: holds no {', '.join(missing[:5])} ({len(missing)} such); it is another model")
         for entry in (entry for entry in view.plan.tensors if entry.ours in slices):

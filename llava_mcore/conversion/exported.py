@@ -59,12 +59,12 @@ def form_of(view: CheckpointView) -> Form:
     has_config = (view.path / folder.HF / CONFIG).is_file()
     imported_as = view.source.get("kind", "llava")
     newline = sorted(set(NEWLINE) & view.unused().keys())
-    if not view.published and (newline or imported_as not in ("llava", "original")):
-        what = f"holds {newline[0]}" if newline else f"was imported from {layouts.CLASSES[imported_as]}"
+    if not view.published and newline:
         raise ConversionError(
-            f"{view.path}: {what}, which LLaVA's class cannot express; export it as it was imported (--layout source)"
+            f"{view.path}: holds {newline[0]}, which the class of its settings cannot express; export it as it was imported "
+            f"(--layout source)"
         )
-    scratch = not has_config or (not view.published and imported_as == "original")
+    scratch = not has_config or (not view.published and imported_as != view.layout)
     kept, model = view.unused(), view.settings
     if view.published:
         kept = {name: info for name, info in kept.items() if name not in view.source.get("elsewhere", ())}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from llava_mcore.settings.families import DECODERS, HEAD, PROJECTORS, TOWERS, Names, Row
+from llava_mcore.settings.families import DECODERS, HEAD, LEARNED_TOKENS, PROJECTORS, TOWERS, Names, Row
 from llava_mcore.settings.schema import ModelSettings
 
 
@@ -26,6 +26,7 @@ DEFAULT_NAMING: Naming = {
     "projector": "multi_modal_projector.",
     "language_model": "language_model.model.",
     "head": "language_model.",
+    "learned_tokens": "",
 }
 # The head lies apart from the decoder in published names, and inside it in ours.
 OUR_MODULE = {
@@ -33,6 +34,7 @@ OUR_MODULE = {
     "projector": "projector",
     "language_model": "language_model",
     "head": "language_model",
+    "learned_tokens": "learned_tokens",
 }
 OUR_PREFIXES = tuple(f"{module}." for module in dict.fromkeys(OUR_MODULE.values()))
 
@@ -74,8 +76,11 @@ def families(model: ModelSettings) -> dict[str, Names]:
     """The family of each module of a model.
 
     Raises:
-        ConversionError: for a projector that transformers' LLaVA has no class for.
+        ConversionError: for what no published model has.
     """
+    for setting, learned in (("slow_every", model.geometry.has_faster), ("time_period", model.geometry.has_time)):
+        if learned:
+            raise ConversionError(f"model.video.{setting}: no published model has what it learns, so it has no published form")
     if model.projector.type not in PROJECTORS:
         raise ConversionError(
             f"model.projector.type={model.projector.type}: LlavaForConditionalGeneration can only express "
@@ -88,6 +93,8 @@ def families(model: ModelSettings) -> dict[str, Names]:
     }
     if not model.language.tie_word_embeddings:
         found["head"] = HEAD
+    if model.geometry.has_newline:
+        found["learned_tokens"] = LEARNED_TOKENS
     return found
 
 
@@ -111,7 +118,7 @@ def dimensions(model: ModelSettings) -> dict[str, dict[str, int]]:
         "positions": vision.positions,
     }
     projector = {"hidden": language.hidden_size, "vision": vision.hidden_size}
-    return {"vision_tower": tower, "projector": projector, "language_model": decoder, "head": decoder}
+    return {"vision_tower": tower, "projector": projector, "language_model": decoder, "head": decoder, "learned_tokens": decoder}
 
 
 def plan(model: ModelSettings, naming: Naming = DEFAULT_NAMING) -> Plan:

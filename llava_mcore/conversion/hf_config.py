@@ -13,15 +13,25 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from llava_mcore.conversion import visual
 from llava_mcore.conversion.families import ConversionError
 from llava_mcore.settings.families import DECODERS, TOWERS, Family
 from llava_mcore.settings.schema import ROPE_SCALING, LanguageSettings, ModelSettings, VisionSettings
 
 Config = dict[str, Any]
 
+CLASSES = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_next_video": "LlavaNextVideoForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+}
+
 
 # Settings that follow from others, or that weights do not depend on.
 NOT_OF_MODEL = ("num_query_groups", "kv_channels", "router_aux_loss")
+# Not of config.json: ``anyres`` and ``video`` as a class has them, put beside its entries by ``layouts``.
+VISUAL = "visual"
 # Names of "longrope" in older config.json of Phi-3.
 OLD_ROPE_TYPES = ("su", "yarn")
 # Entries of rope_parameters that no calculation reads.
@@ -79,6 +89,7 @@ def to_settings(config: Config, where: str | Path = "config.json") -> ModelSetti
         "projector": {"type": "mlp2x_gelu"},
         "language": {"family": text_name, **_values(text, decoder), **rope, "tie_word_embeddings": _tied(config)},
         "image_token_id": _image_token(config),
+        **config.get(VISUAL, {}),
         "init_std": text.get("initializer_range", 0.02),
     }
     try:
@@ -99,9 +110,11 @@ def from_settings(model: ModelSettings, *, bos_id: int | None, eos_id: int | Non
     """A config.json for a model that was never a Hugging Face one."""
     vision, language = model.vision, model.language
     tower, decoder = TOWERS[vision.family], DECODERS[language.family]
+    kind = visual.class_of(model)
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": [CLASSES[kind]],
+        "model_type": kind,
+        **visual.entries(model, kind),
         "image_token_index": model.image_token_id,
         "image_seq_length": vision.embeddings_per_image,
         "projector_hidden_act": "gelu",
@@ -169,7 +182,7 @@ def same_model(one: ModelSettings, other: ModelSettings) -> bool:
         derived = (language.query_groups, language.head_dim)
         return fields, derived, asdict(model.vision), asdict(model.projector), model.image_token_id
 
-    return essence(one) == essence(other)
+    return essence(one) == essence(other) and visual.same(one, other)
 
 
 def set_dtype(config: Config, dtype: str) -> Config:
@@ -184,13 +197,22 @@ def set_dtype(config: Config, dtype: str) -> Config:
     return new
 
 
-def preprocessor(vision: VisionSettings, data: Mapping[str, Any]) -> Config:
+PROCESSORS = {
+    "llava": "LlavaProcessor",
+    "llava_next": "LlavaNextProcessor",
+    "llava_next_video": "LlavaNextVideoProcessor",
+    "llava_onevision": "LlavaOnevisionProcessor",
+}
+
+
+def preprocessor(model: ModelSettings, data: Mapping[str, Any]) -> Config:
     """A preprocessor_config.json for the pictures a model was trained on.
 
     Args:
-        vision: the tower.
+        model: tower and tiles.
         data: ``image_mode``, ``image_mean`` and ``image_std`` of the data settings.
     """
+    vision = model.vision
     config = {
         "image_processor_type": "CLIPImageProcessor",
         "do_convert_rgb": True,
@@ -205,7 +227,15 @@ def preprocessor(vision: VisionSettings, data: Mapping[str, Any]) -> Config:
         "image_mean": list(data["image_mean"]),
         "image_std": list(data["image_std"]),
     }
-    if data["image_mode"] == "pad":  # CLIP's processor cannot pad; LLaVA's does, with the mean colour as here
+    if model.anyres is not None:
+        kind = visual.class_of(model)
+        name = "LlavaOnevisionImageProcessor" if kind == "llava_onevision" else "LlavaNextImageProcessor"
+        pinpoints = visual.entries(model, kind)["image_grid_pinpoints"]
+        side = {"height": vision.image_size, "width": vision.image_size}
+        config |= {"image_processor_type": name, "image_grid_pinpoints": pinpoints, "do_pad": True, "size": side}
+    elif data["image_mode"] == "stretch":
+        config |= {"size": {"height": vision.image_size, "width": vision.image_size}, "do_center_crop": False}
+    elif data["image_mode"] == "pad":  # CLIP's processor cannot pad; LLaVA's does, with the mean colour as here
         config |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
     return config
 

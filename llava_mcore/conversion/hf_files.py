@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llava_mcore.conversion import hf_config, layouts
+from llava_mcore.conversion import hf_config, layouts, visual
 from llava_mcore.conversion.exported import Form
 from llava_mcore.conversion.families import DEFAULT_NAMING, ConversionError
 from llava_mcore.conversion.layouts import CLASSES, CONFIG, read_json
@@ -99,7 +99,7 @@ def _write_processor(view: CheckpointView, partial: Path) -> None:
     model = view.settings
     data = folder.read_settings(view.path).get("data") or {}
     if {"image_mean", "image_std", "image_mode"} <= data.keys():
-        _write_json(partial / PREPROCESSOR, hf_config.preprocessor(model.vision, data))
+        _write_json(partial / PREPROCESSOR, hf_config.preprocessor(model, data))
     if not any((partial / name).is_file() for name in TOKENIZERS):
         return
     from llava_mcore.data.tokenizer import load_tokenizer
@@ -113,8 +113,9 @@ def _write_processor(view: CheckpointView, partial: Path) -> None:
         flags = {"special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
         config.setdefault("added_tokens_decoder", {})[str(model.image_token_id)] = {"content": IMAGE, **flags}
     _write_json(partial / TOKENIZER_CONFIG, config)
+    kind = visual.class_of(model)
     processor = {
-        "processor_class": "LlavaProcessor",
+        "processor_class": hf_config.PROCESSORS[kind],
         "image_token": IMAGE,
         "patch_size": model.vision.patch_size,
         "vision_feature_select_strategy": hf_config.from_settings(model, bos_id=None, eos_id=None)[
@@ -122,6 +123,9 @@ def _write_processor(view: CheckpointView, partial: Path) -> None:
         ],
         "num_additional_image_tokens": int(model.vision.family == "clip"),  # the class token
     }
+    if kind == "llava_onevision":
+        processor |= {"num_image_tokens": model.vision.embeddings_per_image, **visual.entries(model, kind)}
+        processor.pop("image_grid_pinpoints")
     _write_json(partial / PROCESSOR, processor)
 
 

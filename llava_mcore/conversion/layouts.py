@@ -1,7 +1,8 @@
 """The published layouts: whose names have which prefixes, and what their config.json says, told in the words of llava-hf's.
 
-``llava``, ``llava_next`` and ``llava_onevision`` are transformers' classes, in all generations of their key names, ``original``
-is LLaVA's own code (``model.mm_projector.0.weight``, with or without the tower), ``decoder`` a language model alone. No torch.
+``llava``, ``llava_next``, ``llava_next_video`` and ``llava_onevision`` are transformers' classes, in all generations of their key
+names, ``original`` is LLaVA's own code (``model.mm_projector.0.weight``, with or without the tower), ``decoder`` a language model
+alone. No torch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llava_mcore.conversion import hf_config
+from llava_mcore.conversion import hf_config, visual
 from llava_mcore.conversion.families import (
     DEFAULT_NAMING,
     OUR_MODULE,
@@ -27,6 +28,7 @@ from llava_mcore.conversion.families import (
 from llava_mcore.settings.schema import ModelSettings
 
 Config = dict[str, Any]
+CLASSES = hf_config.CLASSES
 CONFIG = "config.json"
 
 PREFIXES: dict[str, tuple[str, ...]] = {
@@ -43,24 +45,21 @@ PREFIXES: dict[str, tuple[str, ...]] = {
     "projector": ("multi_modal_projector.", "model.multi_modal_projector.", "model.mm_projector."),
     "language_model": ("language_model.model.", "model.language_model.", "model."),
     "head": ("language_model.", ""),
+    "learned_tokens": ("", "model."),
 }
 # The prefixes of modules that stand alone.
 ALONE = {"decoder": {"language_model": "model.", "head": ""}}
 # The original layout numbers the projector's layers, the activation counted.
 PROJECTOR_NAMES = {"model.mm_projector.": {"linear_1.": "0.", "linear_2.": "2."}}
-# Learned, and not part of any module: one vector between rows of tiles.
+# One vector between rows of tiles; a model of single tiles carries it along.
 NEWLINE = ("image_newline", "model.image_newline")
 
-CLASSES = {
-    "llava": "LlavaForConditionalGeneration",
-    "llava_next": "LlavaNextForConditionalGeneration",
-    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
-}
 # What transformers assumes where a config.json leaves it out and LlavaConfig assumes otherwise
-# (configuration_llava_next.py, configuration_llava_onevision.py).
+# (configuration_llava_next_video.py, configuration_llava_onevision.py).
 ASSUMED: dict[str, Config] = {
     "llava": {},
     "llava_next": {},
+    "llava_next_video": {"image_token_index": 32001},
     "llava_onevision": {
         "image_token_index": 151646,
         "vision_feature_layer": -1,
@@ -154,7 +153,7 @@ def recognise(source: Source) -> Layout:
     if kind in CLASSES:
         if source.tower or source.projector:
             raise ConversionError(f"{source.path}: holds a tower and a projector of its own; leave out --tower and --projector")
-        told = as_llava(config, kind)
+        told = as_llava(config, kind, where)
     else:
         told = _from_parts(config, kind, source)
     text: Config = told.get("text_config") or {}
@@ -173,12 +172,17 @@ def recognise(source: Source) -> Layout:
     return Layout(kind, told, rows)
 
 
-def as_llava(config: Config, kind: str) -> Config:
-    """A config.json of transformers' classes as LlavaConfig would have it; the picture geometry is not part of it."""
+def as_llava(config: Config, kind: str, where: Path | str = CONFIG) -> Config:
+    """A config.json of transformers' classes as LlavaConfig would have it, with our settings of pictures and clips.
+
+    Raises:
+        ConversionError: these cannot be expressed.
+    """
     told = {**ASSUMED[kind], **copy.deepcopy(config)}
     if "image_token_id" in told and "image_token_id" in config:
         told.pop("image_token_index", None)
-    return {**told, "model_type": "llava", "architectures": [CLASSES["llava"]]}
+    geometry = {hf_config.VISUAL: visual.of_class(config, kind, where)}
+    return {**told, "model_type": "llava", "architectures": [CLASSES["llava"]], **geometry}
 
 
 def updated(config: Config, kind: str, model: ModelSettings) -> Config:
@@ -192,6 +196,9 @@ def updated(config: Config, kind: str, model: ModelSettings) -> Config:
         return {**config, **{key: value for key, value in after.items() if value != told["text_config"].get(key)}}
     told = as_llava(config, kind)
     after = hf_config.updated(told, model)
+    if not visual.same(model, hf_config.to_settings(told)):
+        after |= visual.entries(model, kind)
+    after.pop(hf_config.VISUAL)
     changed = {key: value for key, value in after.items() if value != told.get(key)}
     kept = {key: value for key, value in config.items() if key in after or key not in told}
     return {**kept, **changed}
@@ -229,6 +236,7 @@ def _from_parts(config: Config, kind: str, source: Source) -> Config:
         "vision_feature_layer": mm.get("mm_vision_select_layer", -2),
         "vision_feature_select_strategy": strategies[feature],
         "tie_word_embeddings": bool(text.get("tie_word_embeddings", False)),
+        hf_config.VISUAL: visual.of_original(config, tower["image_size"], source.path / CONFIG) if kind == "original" else {},
     }
 
 

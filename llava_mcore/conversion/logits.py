@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,9 @@ import torch
 
 from llava_mcore.conversion import workers
 from llava_mcore.conversion.families import ConversionError
+from llava_mcore.conversion.hf_config import CLASSES
 from llava_mcore.conversion.workers import Progress
+from llava_mcore.geometry import Shape
 from llava_mcore.training import checkpoint_folder as folder
 
 TOLERANCE = 1e-4  # of the largest absolute value
@@ -32,7 +35,7 @@ class Job(NamedTuple):
 def compare(published: Path, checkpoint: Path, kind: str, dtype: torch.dtype | None = None) -> tuple[str, bool]:
     """Compares logits on one picture and a prompt, in a process of its own (two models, one after the other).
 
-    Of LLaVA-NeXT and LLaVA-OneVision, whose picture geometry is not built, and of decoders the prompt has no picture.
+    The picture is a wide one, of several tiles where the model cuts them; of decoders the prompt has no picture.
 
     Args:
         published: the folder that transformers reads.
@@ -71,17 +74,18 @@ def _compare(job: Job, progress: Progress) -> tuple[str, bool]:
     from llava_mcore.settings.schema import ModelSettings
 
     model: ModelSettings = folder.read_model_settings(job.checkpoint)
-    picture = job.kind == "llava"
-    ids_L, pixels_nCHW = _prompt(model, picture)
+    picture = job.kind in CLASSES
+    shape = model.geometry.picture(2 * model.vision.image_size, model.vision.image_size, several=False)
+    ids_L, pixels_nCHW = _prompt(model, shape if picture else None)
     try:
-        theirs, problem = _transformers(job, ids_L, pixels_nCHW)
+        theirs, problem = _transformers(job, ids_L, pixels_nCHW, shape)
     except (ValueError, OSError, RuntimeError, KeyError, AttributeError, ImportError) as error:
         return f"not compared (transformers cannot run {job.published}: {str(error).splitlines()[0]})", False
     if problem:
         return problem, True
     if not theirs.isfinite().all():
         return "not compared (transformers' are not finite)", False
-    ours = _ours(job, model, ids_L, pixels_nCHW)[:, : theirs.shape[1]]
+    ours = _ours(job, model, ids_L, pixels_nCHW, [shape] * picture)[:, : theirs.shape[1]]
     scale = float(theirs.abs().max())
     gap = float((ours - theirs).abs().max())
     what = f"{'one picture and ' if picture else ''}{TEXT} tokens"
@@ -90,18 +94,19 @@ def _compare(job: Job, progress: Progress) -> tuple[str, bool]:
     return f"{says} on {what} (largest difference {gap:.2e}, largest value {scale:.2e})", differ
 
 
-def _prompt(model: Any, picture: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [L] with a picture in their middle, and its pixels [n, 3, H, W]."""
+def _prompt(model: Any, shape: Shape | None) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [L] with a picture in their middle, and its pixels [n, 3, H, W]; None: without."""
     random = np.random.default_rng(0)
     ids = random.integers(1, model.language.vocab_size, TEXT)
     ids[ids == model.image_token_id] = 0 if model.image_token_id else 1
     size = model.vision.image_size
-    pixels = random.standard_normal((int(picture), 3, size, size)).astype(np.float32)
-    slots = np.full(model.vision.embeddings_per_image * int(picture), model.image_token_id)
+    tiles, places = (0, 0) if shape is None else (model.geometry.tiles(shape), model.geometry.embeddings(shape))
+    pixels = random.standard_normal((tiles, 3, size, size)).astype(np.float32)
+    slots = np.full(places, model.image_token_id)
     return np.concatenate([ids[:3], slots, ids[3:]]), pixels
 
 
-def _transformers(job: Job, ids_L: np.ndarray, pixels_nCHW: np.ndarray) -> tuple[torch.Tensor, str | None]:
+def _transformers(job: Job, ids_L: np.ndarray, pixels_nCHW: np.ndarray, shape: Shape) -> tuple[torch.Tensor, str | None]:
     """Logits [L, V], and what went wrong while loading."""
     import transformers
 
@@ -116,13 +121,16 @@ def _transformers(job: Job, ids_L: np.ndarray, pixels_nCHW: np.ndarray) -> tuple
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if len(pixels_nCHW):
         inputs["pixel_values"] = torch.from_numpy(pixels_nCHW)
+        if shape.width:
+            inputs["pixel_values"] = inputs["pixel_values"][None]
+            inputs["image_sizes"] = torch.tensor([[shape.height, shape.width]])
     _round(model, job.dtype)
     with torch.no_grad():
         logits = model.eval()(**inputs).logits[0].float()
     return logits, f"transformers does not load it whole ({'; '.join(problems)})" if problems else None
 
 
-def _ours(job: Job, settings: Any, ids_L: np.ndarray, pixels_nCHW: np.ndarray) -> torch.Tensor:
+def _ours(job: Job, settings: Any, ids_L: np.ndarray, pixels_nCHW: np.ndarray, shapes: Sequence[Shape]) -> torch.Tensor:
     """Logits [L, V] of the checkpoint."""
     from llava_mcore.data.loader import Piece, lay_out
     from llava_mcore.evaluation.pretrained import LlavaModel
@@ -132,7 +140,7 @@ def _ours(job: Job, settings: Any, ids_L: np.ndarray, pixels_nCHW: np.ndarray) -
     model = LlavaModel.from_pretrained(job.checkpoint)
     _round(model, job.dtype)
     slots = np.flatnonzero(ids_L == settings.image_token_id) if len(pixels_nCHW) else np.empty(0, dtype=np.int64)
-    piece = Piece(ids_L, np.full_like(ids_L, -100), slots, pixels_nCHW)
+    piece = Piece(ids_L, np.full_like(ids_L, -100), slots, pixels_nCHW, shapes)
     batch = lay_out([[piece]], len(ids_L), settings.vision.image_size)
     device = next(model.parameters()).device
     (logits,) = forward_logits(ModelParts([model]), [batch], [range(len(ids_L))], model.groups, device)

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
-from llava_mcore.conversion import fusions, layouts
+from llava_mcore.conversion import fusions, layouts, visual
 from llava_mcore.conversion.distributed import DistributedReader
 from llava_mcore.conversion.families import DEFAULT_NAMING, OUR_MODULE, ConversionError, Naming, Plan, Tensor
 from llava_mcore.conversion.hf_config import to_settings
@@ -125,7 +125,8 @@ class HuggingFaceView:
         self.plan = layouts.planned(self.settings, self.naming, self.layout.rows)
         # Modules that lie in the source's own folder; what came from elsewhere is not written back there.
         self.own = sorted({t.module for t in self.plan.tensors if t.names[0] in self._own_names})
-        newline = {name: (self.settings.language.hidden_size,) for name in NEWLINE if name in self._infos}
+        carried = NEWLINE if not self.settings.geometry.has_newline else ()
+        newline = {name: (self.settings.language.hidden_size,) for name in carried if name in self._infos}
         self._optional = {**self.plan.unused, **newline}
         self.tied_head = self._tied_head()
         self._unused = {
@@ -231,7 +232,7 @@ class HuggingFaceView:
         known: dict[str, Any] = {"naming": dict(self.naming), "tied_head": self.tied_head, "absent": absent}
         if self.layout.kind != "llava":
             known["kind"] = self.layout.kind
-        if self.own != sorted(set(OUR_MODULE.values())):
+        if self.own != sorted({tensor.module for tensor in self.plan.tensors}):
             known["modules"] = self.own
             known["elsewhere"] = sorted(name for name in self._unused if name not in self._own_names)
         if self.layout.kind == "original" and self.source.vocab_size is None:
@@ -279,8 +280,9 @@ class CheckpointView:
     @property
     def layout(self) -> str:
         """The kind of layout it is seen in."""
-        kind: str = self.source.get("kind", "llava") if self.published else self.asked.removesuffix("-hf")
-        return kind
+        if self.asked == "decoder":
+            return self.asked
+        return str(self.source.get("kind", "llava")) if self.published else visual.class_of(self.settings)
 
     @property
     def tied_head(self) -> str | None:

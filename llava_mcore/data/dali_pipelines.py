@@ -23,7 +23,7 @@ class PixelSettings:
     """How a picture or a frame becomes what the tower sees; the names are those of ``data`` and ``model.vision``."""
 
     image_size: int
-    image_mode: Literal["pad", "square"]
+    image_mode: Literal["pad", "square", "stretch"]
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
 
@@ -95,6 +95,8 @@ class Pipelines:
     def _geometry(self, sizes: Sequence[tuple[int, int]]) -> dict[str, list[np.ndarray]]:
         """What the resizing operators take for each medium, as the image processor would compute it."""
         side = self._settings.image_size
+        if self._settings.image_mode == "stretch":
+            return {}
         if self._settings.image_mode == "pad":
             return {"side": [np.array(max(size), dtype=np.float32) for size in sizes]}
         begins, ends = [], []
@@ -148,6 +150,8 @@ class Pipelines:
             pixels = fn.crop(
                 pixels, crop_h=square, crop_w=square, out_of_bounds_policy="pad", fill_values=colour, rounding="truncate"
             )
+            pixels = fn.resize(pixels, **cubic)
+        elif self._settings.image_mode == "stretch":
             pixels = fn.resize(pixels, **cubic)
         else:
             begin = fn.external_source(name="begin", dtype=types.FLOAT, ndim=1)

@@ -9,7 +9,7 @@ its pixels are the same to the bit alone or in any company.
 medium                               dali on a CPU                   dali on a GPU
 ===================================  ==============================  ==============================
 JPEG, PNG, WebP: plain               DALI                            nvJPEG and DALI
-other pictures                       Pillow                          Pillow
+other pictures, those of many tiles  Pillow                          Pillow
 H.264, HEVC, VP8, VP9, AV1           PyAV                            NVDEC, where the chip can
 other videos                         PyAV                            PyAV
 sounds                               PyAV                            PyAV
@@ -35,10 +35,11 @@ from PIL import Image
 from llava_mcore.data.audio import decode_sound
 from llava_mcore.data.dali_pipelines import Pipelines, PixelSettings, dali_version, nvdec_formats
 from llava_mcore.data.errors import DatasetError, SampleError
-from llava_mcore.data.image import open_rgb, preprocess, resized
+from llava_mcore.data.image import open_rgb, preprocess, preprocess_tiles, resized
 from llava_mcore.data.probe import AUDIOS, PICTURES, VIDEOS, picture_header
 from llava_mcore.data.video import FrameChoice, decode_frames, scan_video
-from llava_mcore.settings.schema import DataSettings, VisionSettings
+from llava_mcore.geometry import Geometry, Shape
+from llava_mcore.settings.schema import DataSettings
 
 Result = np.ndarray | SampleError
 # DALI works on a chunk as a whole, and a bad medium in it costs its neighbours a second attempt.
@@ -52,6 +53,7 @@ class Request:
     kind: str  # its extension: jpg, jpeg, png, webp, mp4, webm, mkv, mp3, wav, flac
     data: bytes
     key: int = 0  # of the random choice of a video's frames, where there is one
+    tiled: bool = False  # a picture of several tiles
 
 
 @dataclass
@@ -72,6 +74,7 @@ class Decoder:
     Args:
         pixels: how pictures and frames are resized and normalised.
         frames: which frames of a video are decoded.
+        geometry: how pictures of several tiles are cut; None: there are none.
         backend: ``python``, ``dali``, or ``auto``: DALI where it is installed.
         threads: media, or chunks of them, decoded at a time; each on one core.
         gpu: DALI decodes on this GPU; None: on the CPU.
@@ -84,12 +87,14 @@ class Decoder:
         self,
         pixels: PixelSettings,
         frames: FrameChoice | None = None,
+        geometry: Geometry | None = None,
         *,
         backend: Literal["auto", "dali", "python"] = "auto",
         threads: int = 2,
         gpu: int | None = None,
     ) -> None:
         self._pixels, self._frames, self._gpu, self._threads = pixels, frames or FrameChoice(), gpu, threads
+        self._tiling = geometry
         self._version = None if backend == "python" else dali_version()
         if backend == "python" and gpu is not None:
             raise DatasetError("data.decode_on=gpu needs DALI: set data.decoder=auto, or data.decode_on=cpu")
@@ -106,16 +111,16 @@ class Decoder:
         self.taken: Counter[str] = Counter()
 
     @classmethod
-    def from_settings(cls, data: DataSettings, vision: VisionSettings) -> Decoder:
+    def from_settings(cls, data: DataSettings, geometry: Geometry) -> Decoder:
         """The decoder that a run's settings ask for; on the GPU of this process, if on one.
 
         Raises:
             DatasetError: as the class does.
         """
         gpu = int(os.environ.get("LOCAL_RANK", 0)) if data.decode_on == "gpu" else None
-        pixels = PixelSettings(vision.image_size, data.image_mode, data.image_mean, data.image_std)
+        pixels = PixelSettings(geometry.image_size, data.image_mode, data.image_mean, data.image_std)
         frames = FrameChoice(data.video_frames_by, data.video_frames, data.video_fps)
-        return cls(pixels, frames, backend=data.decoder, threads=data.decode_threads, gpu=gpu)
+        return cls(pixels, frames, geometry, backend=data.decoder, threads=data.decode_threads, gpu=gpu)
 
     def __enter__(self) -> Decoder:
         return self
@@ -144,8 +149,9 @@ class Decoder:
             requests: the media.
 
         Returns:
-            For each, in order: float32 [3, S, S] of a picture, [F, 3, S, S] of a video, [samples] at 16 kHz of a sound; or the
-            SampleError that says why there is none, which touches none of the others. ``taken`` counts which way they went.
+            For each, in order: float32 [3, S, S] of a picture, [tiles, 3, S, S] of one of several, [F, 3, S, S] of a video,
+            [samples] at 16 kHz of a sound; or the SampleError that says why there is none, which touches none of the others.
+            ``taken`` counts which way they went.
 
         Raises:
             ValueError: the kind of a request is none of those known.
@@ -177,14 +183,14 @@ class Decoder:
         try:
             if item.medium == "picture":
                 header = picture_header(request.data)
-                item.size, item.by_dali = (header.width, header.height), header.plain
+                item.size, item.by_dali = (header.width, header.height), header.plain and not request.tiled
             else:
                 scan = scan_video(request.data)
                 item.size = scan.width, scan.height
                 item.frames = self._frames.choose(scan.times, scan.probe.fps, request.key)
                 item.by_dali = (scan.codec, scan.pixel_format) in self._dali_video and scan.packets == len(scan.pts)
             item.by_dali = item.by_dali and self._version is not None
-            if self._pixels.image_mode == "square":
+            if self._pixels.image_mode == "square" and not request.tiled:
                 resized(*item.size, self._pixels.image_size)
         except SampleError as error:
             item.result, item.by_dali = error, False
@@ -224,12 +230,20 @@ class Decoder:
             if item.medium == "sound":
                 return decode_sound(item.request.data)
             if item.medium == "picture":
-                return self._preprocess(open_rgb(item.request.data))
+                image = open_rgb(item.request.data)
+                return self._cut(image) if item.request.tiled else self._preprocess(image)
             assert item.frames is not None
             frames = decode_frames(item.request.data, item.frames.tolist())
             return np.stack([self._preprocess(Image.fromarray(frame)) for frame in frames])
         except SampleError as error:
             return error
+
+    def _cut(self, image: Image.Image) -> np.ndarray:
+        how, tiling = self._pixels, self._tiling
+        if tiling is None or tiling.anyres is None:
+            raise ValueError("a picture of several tiles needs a geometry with anyres")
+        cut = tiling.cut(Shape(*image.size))
+        return preprocess_tiles(image, cut, tiling.anyres.base, how.image_size, how.image_mean, how.image_std)
 
     def _preprocess(self, image: Image.Image) -> np.ndarray:
         how = self._pixels

@@ -15,6 +15,7 @@ from PIL import Image
 
 from llava_mcore.data.errors import SampleError
 from llava_mcore.data.probe import MAX_PIXELS
+from llava_mcore.geometry import Cut
 
 # `square` enlarges before it crops, and a strip of 1 x 100,000 would become a giant.
 MAX_RESIZED_PIXELS = 2 * MAX_PIXELS
@@ -87,7 +88,8 @@ def preprocess(image: Image.Image, mode: str, image_size: int, mean: Sequence[fl
 
     Args:
         image: an RGB picture.
-        mode: ``square`` resizes the short side to ``image_size`` and cuts out the middle; ``pad`` first fills up to a square.
+        mode: ``square`` resizes the short side to ``image_size`` and cuts out the middle; ``pad`` first fills up to a square;
+            ``stretch`` resizes both sides, as SigLIP's processor does.
         image_size: side of the result.
         mean: per channel, subtracted after scaling to 0..1.
         std: per channel, divided by.
@@ -97,13 +99,46 @@ def preprocess(image: Image.Image, mode: str, image_size: int, mean: Sequence[fl
     """
     if mode == "pad":
         image = _pad_to_square(image, mean)
-    elif mode != "square":
-        raise ValueError(f"unknown image mode {mode!r}: pad and square are known")
-    image = image.resize(resized(image.width, image.height, image_size), resample=Image.Resampling.BICUBIC)
+    elif mode not in ("square", "stretch"):
+        raise ValueError(f"unknown image mode {mode!r}: pad, square and stretch are known")
+    size = (image_size, image_size) if mode == "stretch" else resized(image.width, image.height, image_size)
+    image = image.resize(size, resample=Image.Resampling.BICUBIC)
     left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
-    pixels = np.asarray(image.crop((left, top, left + image_size, top + image_size)))
+    return _pixels(image.crop((left, top, left + image_size, top + image_size)), mean, std)
+
+
+def preprocess_tiles(
+    image: Image.Image, cut: Cut, base: bool, image_size: int, mean: Sequence[float], std: Sequence[float]
+) -> np.ndarray:
+    """Cuts a picture into tiles, as LLaVA-NeXT does, and normalises them.
+
+    Args:
+        image: an RGB picture.
+        cut: the grid, from ``geometry``.
+        base: whether the whole picture, resized to a tile whatever its sides, comes first.
+        image_size: side of a tile.
+        mean: per channel, subtracted after scaling to 0..1.
+        std: per channel, divided by.
+
+    Returns:
+        float32 array [tiles, 3, image_size, image_size], the grid row by row.
+    """
+    how = Image.Resampling.BICUBIC
+    tiles = [image.resize((image_size, image_size), resample=how)] if base else []
+    canvas = Image.new("RGB", (cut.columns * image_size, cut.rows * image_size))
+    whole = image.resize((cut.width, cut.height), resample=how)
+    canvas.paste(whole, ((canvas.width - cut.width) // 2, (canvas.height - cut.height) // 2))
+    for top in range(0, canvas.height, image_size):
+        for left in range(0, canvas.width, image_size):
+            tiles.append(canvas.crop((left, top, left + image_size, top + image_size)))
+    return np.stack([_pixels(tile, mean, std) for tile in tiles])
+
+
+def _pixels(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Normalised pixels, float32 [3, h, w]."""
+    pixels = np.asarray(image)
     table = _normalised(tuple(mean), tuple(std))
-    result = np.empty((3, image_size, image_size), dtype=np.float32)
+    result = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
     for channel in range(3):
         np.take(table[channel], pixels[:, :, channel], out=result[channel])
     return result

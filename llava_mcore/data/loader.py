@@ -3,7 +3,7 @@
 The plan says which samples a step holds and which share a stream. Here the streams are dealt to ranks by cost, and a rank reads,
 tokenises and decodes its own samples and no other's: bytes first, ``data.read_ahead`` steps before their turn.
 
-Shape suffixes: T tokens of a micro-batch, E its image embeddings, N its pictures, C H W a picture.
+Shape suffixes: T tokens of a micro-batch, E its image embeddings, N its tiles and frames, C H W one of them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ from llava_mcore.data.lengths import command_of
 from llava_mcore.data.packing import Cost, Stream, deal
 from llava_mcore.data.plan import PlannedSample, Planner, StepPlan, bad_sample
 from llava_mcore.data.quarantine import BadSample
-from llava_mcore.data.sample import Reading, requests_of
+from llava_mcore.data.sample import Reading
 from llava_mcore.data.tokenizer import Tokenizer
-from llava_mcore.settings.schema import DataSettings, VisionSettings
+from llava_mcore.geometry import SINGLE, Shape
+from llava_mcore.settings.schema import DataSettings
 
 PAD_ID = 0
 
@@ -46,6 +47,7 @@ class Batch:
     pixel_values_NCHW: Tensor  # float32
     loss_tokens: int  # labels that are not -100
     real_tokens: int  # tokens that are not padding
+    shapes: list[Shape] = field(default_factory=list)  # of the media, whose tiles the pixels are; none: each tile is a picture
 
     def labelled(self) -> Tensor:
         """The tokens that have a label, int64 [loss_tokens]."""
@@ -61,7 +63,8 @@ class Step:
     samples: int
     real_tokens: int
     slots: int
-    pictures: int
+    pictures: int  # tiles and frames through the tower
+    visual_tokens: int
     sample_lengths: list[int]  # real samples of all ranks, without padding
     bad: list[BadSample] = field(default_factory=list)  # that failed on this rank, and were masked out
     left_out: list[BadSample] = field(default_factory=list)  # that the plan leaves out; reported by the first rank
@@ -70,12 +73,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Piece:
-    """One sample ready to be laid into a stream: L tokens, E image embeddings, n pictures."""
+    """One sample ready to be laid into a stream: L tokens, E image embeddings, n tiles and frames."""
 
     input_ids_L: np.ndarray  # int64
     labels_L: np.ndarray  # int64, pre-shifted
     image_slots_E: np.ndarray  # int64, from the start of the sample
     pixels_nCHW: np.ndarray  # float32
+    shapes: Sequence[Shape] | None = None  # of its media; None: each of the n is a picture
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class _Raw:
 
     tokens: EncodedSample
     requests: list[Request]
+    shapes: list[Shape]
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,6 @@ class StreamLoader:
         planner: says what the steps are.
         tokenizer: makes ids.
         data: template, picture mode, stream length, threads.
-        vision: size of pictures and embeddings each becomes.
         image_token_id: id written at every image embedding.
         rank: data-parallel rank.
         size: data-parallel size.
@@ -121,7 +125,6 @@ class StreamLoader:
         planner: Planner,
         tokenizer: Tokenizer,
         data: DataSettings,
-        vision: VisionSettings,
         image_token_id: int,
         *,
         rank: int,
@@ -134,8 +137,8 @@ class StreamLoader:
         if not 0 <= rank < size:
             raise ValueError(f"rank {rank} is outside of 0..{size - 1}")
         self.planner = planner
-        self._data, self._vision = data, vision
-        self._reading = Reading.from_settings(tokenizer, data, vision, image_token_id)
+        self._data, self._geometry = data, planner.geometry
+        self._reading = Reading.from_settings(tokenizer, data, planner.geometry, image_token_id)
         self._rank, self._size = rank, size
         self._micro_batch_size, self._batches_multiple = micro_batch_size, batches_multiple
         self._cost, self._start_step = cost or Cost(), start_step
@@ -167,7 +170,7 @@ class StreamLoader:
         readers = ThreadPoolExecutor(self._data.read_threads, thread_name_prefix="stream-loader-read")
         decoder: Decoder | None = None
         try:
-            decoder = Decoder.from_settings(self._data, self._vision)
+            decoder = Decoder.from_settings(self._data, self._geometry)
             reading: deque[_Work] = deque()
             step, steps = self._start_step, self.planner.steps
             while reading or steps is None or step < steps:
@@ -203,7 +206,7 @@ class StreamLoader:
         dataset = self.planner.blend.sources[sample.source].dataset
         try:
             record = dataset.read_record(sample.index)
-            requests = requests_of(dataset, sample.index, self.planner.seed, sample.epoch)
+            requests = self._reading.requests(dataset, sample.index, self.planner.seed, sample.epoch)
             tokens = truncate(self._reading.encode(dataset, sample.index, record), self._data.sequence_length)
         except SampleError as error:
             return error
@@ -212,7 +215,7 @@ class StreamLoader:
                 f"{dataset.path}, {dataset.name(sample.index)} has {len(tokens.input_ids)} tokens where the index says "
                 f"{sample.length}; build it anew: `{command_of(dataset.path, 'TOKENIZER', self._reading.how)} --force`"
             )
-        return _Raw(tokens, requests)
+        return _Raw(tokens, requests, self._reading.shapes(dataset, sample.index, self.planner.seed, sample.epoch))
 
     def _build(self, work: _Work, decoder: Decoder) -> Step:
         """This rank's batches of a step."""
@@ -233,7 +236,7 @@ class StreamLoader:
         left_out = plan.left_out if self._rank == 0 else []
         for sample, _ in left_out:
             account.add(sample.source, sample.epoch, [sample.index])
-        capacity, side = self._data.sequence_length, self._vision.image_size
+        capacity, side = self._data.sequence_length, self._geometry.image_size
         return Step(
             index=plan.index,
             batches=[
@@ -246,6 +249,7 @@ class StreamLoader:
             real_tokens=sum(sample.length for sample in plan.samples),
             slots=sum(len(rank) for rank in work.ranks) * capacity,
             pictures=sum(sample.pictures for sample in plan.samples),
+            visual_tokens=sum(sample.visual for sample in plan.samples),
             sample_lengths=[sample.length for sample in plan.samples],
             bad=bad,
             left_out=[bad_sample(self.planner.blend, sample, reason) for sample, reason in left_out],
@@ -259,7 +263,7 @@ class StreamLoader:
 
         What cannot be read or decoded keeps its planned place, and teaches nothing.
         """
-        side = self._vision.image_size
+        side = self._geometry.image_size
         nothing = np.full(sample.length, IGNORE, dtype=np.int64)
         if isinstance(raw, SampleError):
             ids, none = np.full(sample.length, PAD_ID, dtype=np.int64), np.empty((0, 3, side, side), dtype=np.float32)
@@ -270,10 +274,10 @@ class StreamLoader:
         if not failed and pixels:
             seen = np.concatenate([result.reshape(-1, 3, side, side) for result in pixels if isinstance(result, np.ndarray)])
         if len(seen) != sample.pictures:
-            failed = [f"gives {len(seen)} pictures and frames where the index says {sample.pictures}"]
+            failed = [f"gives {len(seen)} tiles and frames where the index says {sample.pictures}"]
             seen = np.zeros((sample.pictures, 3, side, side), dtype=np.float32)
         labels = nothing if failed else tokens.labels
-        return Piece(tokens.input_ids, labels, tokens.image_slots, seen), failed[0] if failed else None
+        return Piece(tokens.input_ids, labels, tokens.image_slots, seen, raw.shapes), failed[0] if failed else None
 
 
 def lay_out(streams: Sequence[Sequence[Piece]], capacity: int, image_size: int) -> Batch:
@@ -289,6 +293,7 @@ def lay_out(streams: Sequence[Sequence[Piece]], capacity: int, image_size: int) 
     lengths: list[int] = []
     image_index: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
     pictures: list[np.ndarray] = [np.empty((0, 3, image_size, image_size), dtype=np.float32)]
+    shapes: list[Shape] = []
     real_tokens = 0
     for place, stream in enumerate(streams):
         at, end = place * capacity, (place + 1) * capacity
@@ -298,6 +303,7 @@ def lay_out(streams: Sequence[Sequence[Piece]], capacity: int, image_size: int) 
             labels[at : at + length] = piece.labels_L
             image_index.append(piece.image_slots_E + at)
             pictures.append(piece.pixels_nCHW)
+            shapes += [SINGLE] * len(piece.pixels_nCHW) if piece.shapes is None else piece.shapes
             lengths.append(length)
             real_tokens += length
             at += length
@@ -312,6 +318,7 @@ def lay_out(streams: Sequence[Sequence[Piece]], capacity: int, image_size: int) 
         pixel_values_NCHW=torch.from_numpy(np.concatenate(pictures)),
         loss_tokens=int((labels != IGNORE).sum()),
         real_tokens=real_tokens,
+        shapes=shapes,
     )
 
 

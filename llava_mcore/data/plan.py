@@ -14,8 +14,9 @@ import numpy as np
 from llava_mcore.data.order import STREAMS, key, permute
 from llava_mcore.data.packing import Stream, pack
 from llava_mcore.data.quarantine import BadSample, QuarantineList
-from llava_mcore.data.sample import count_pictures, frames_of
+from llava_mcore.data.sample import count_visual, frames_of
 from llava_mcore.data.sources import Blend, Drawn
+from llava_mcore.geometry import Geometry
 from llava_mcore.settings.schema import DataSettings
 
 
@@ -27,7 +28,8 @@ class PlannedSample:
     epoch: int  # of the source
     index: int  # in the source's dataset
     length: int  # tokens, image embeddings included
-    pictures: int  # frames of videos included
+    pictures: int  # tiles and frames through the tower
+    visual: int  # tokens of those that are image embeddings
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Planner:
     Args:
         blend: the order.
         data: stream length and packing.
-        embeddings_per_picture: decoder embeddings one picture becomes.
+        geometry: what pictures and clips become.
         seed: of the order of streams.
         global_batch_size: samples of a step; on average, where a window has several steps.
         total_samples: samples of the whole run; the last step may be short. None: endless.
@@ -63,14 +65,14 @@ class Planner:
         self,
         blend: Blend,
         data: DataSettings,
-        embeddings_per_picture: int,
+        geometry: Geometry,
         *,
         seed: int,
         global_batch_size: int,
         total_samples: int | None = None,
     ) -> None:
         self.blend = blend
-        self._data, self.each, self.seed = data, embeddings_per_picture, seed
+        self._data, self.geometry, self.seed = data, geometry, seed
         self._batch, self._total = global_batch_size, total_samples
         self.window_steps = max(1, data.packing_window // global_batch_size) if data.packing else 1
         """Steps of a window."""
@@ -126,25 +128,16 @@ class Planner:
     def _plan(self, window: int) -> _Window:
         first, last = self._positions(window)
         drawn = self.blend.at(first, last)
-        lengths, pictures, left_out = self._measure(drawn, first)
-        samples = [
-            PlannedSample(*row)
-            for row in zip(
-                drawn.source.tolist(),
-                drawn.epoch.tolist(),
-                drawn.index.tolist(),
-                lengths.tolist(),
-                pictures.tolist(),
-                strict=True,
-            )
-        ]
+        lengths, tiles, visual, left_out = self._measure(drawn, first)
+        columns = (drawn.source, drawn.epoch, drawn.index, lengths, tiles, visual)
+        samples = [PlannedSample(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
         used = [number for number in range(len(samples)) if number not in left_out]
         steps = -(-(last - first) // self._batch)
         return _Window(samples, self._streams(window, samples, used, steps), [(samples[n], why) for n, why in left_out.items()])
 
-    def _measure(self, drawn: Drawn, first: int) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
-        """Tokens and pictures of each sample, and which are left out."""
-        lengths, pictures = np.zeros(len(drawn.index), dtype=np.int64), np.zeros(len(drawn.index), dtype=np.int64)
+    def _measure(self, drawn: Drawn, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, str]]:
+        """Tokens, tiles and image embeddings of each sample, and which are left out."""
+        lengths, tiles, embeddings = np.zeros((3, len(drawn.index)), dtype=np.int64)
         left_out: dict[int, str] = {}
         quarantined = self.quarantine.at(first)
         capacity = self._data.sequence_length
@@ -153,8 +146,8 @@ class Planner:
             here = np.flatnonzero(drawn.source == number)
             indices = drawn.index[here]
             text, head = (column[indices].astype(np.int64) for column in (source.lengths.text, source.lengths.head))
-            pictures[here] = count_pictures(source.dataset, indices, self._frames)
-            visual = pictures[here] * self.each
+            tiles[here], visual = count_visual(source.dataset, indices, self.geometry, self._frames)
+            embeddings[here] = visual
             lengths[here] = np.minimum(text + visual, capacity)
             left_out |= {n: source.lengths.rejected[int(drawn.index[n])] for n in here[text == 0].tolist()}
             crowded = (text > 0) & (visual > 0) & (head + visual > capacity)
@@ -165,7 +158,7 @@ class Planner:
                 for n, index in zip(here.tolist(), indices.tolist(), strict=True):
                     if (digest, dataset.shard(index), dataset.key(index)) in quarantined:
                         left_out.setdefault(n, "is on the quarantine list")
-        return lengths, pictures, left_out
+        return lengths, tiles, embeddings, left_out
 
     def _streams(self, window: int, samples: list[PlannedSample], used: list[int], steps: int) -> list[list[Stream]]:
         """The streams of each step."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 from llava_mcore.data.errors import DatasetError
 from llava_mcore.data.plan import Planner
+from llava_mcore.geometry import SINGLE, Geometry
 from llava_mcore.settings.schema import DataSettings
 
 STATE_VERSION = 2
@@ -28,7 +30,7 @@ class Position:
         "global_batch_size": "train.global_batch_size",
         "sequence_length": "data.sequence_length",
         "packing": "data.packing, packing_window, streams_multiple",
-        "pictures": "embeddings of a picture, data.video_frames, video_frames_by, video_fps",
+        "pictures": "tiles and embeddings of pictures, data.video_frames, video_frames_by, video_fps",
         "quarantine": "data.quarantine up to here (digest)",
     }
 
@@ -47,7 +49,7 @@ class Position:
             "global_batch_size": self._global_batch_size,
             "sequence_length": data.sequence_length,
             "packing": [data.packing, data.packing_window, data.streams_multiple],
-            "pictures": [self._planner.each, data.video_frames, data.video_frames_by, data.video_fps],
+            "pictures": [_short(self._planner.geometry), data.video_frames, data.video_frames_by, data.video_fps],
             "quarantine": self._planner.quarantine.digest(self._planner.window_start(step)),
         }
 
@@ -69,3 +71,10 @@ class Position:
                 + "; ".join(differing)
                 + ". Set them back, or start a new run from its weights with train.init_from and another train.output_dir"
             )
+
+
+def _short(geometry: Geometry) -> int | str:
+    """Embeddings of a picture; where that depends on its size, a digest of how."""
+    if geometry.plain:
+        return geometry.embeddings(SINGLE)
+    return hashlib.sha256(repr(geometry).encode()).hexdigest()[:16]

@@ -14,7 +14,7 @@ from PIL import Image
 from llava_mcore.data.conversation import IGNORE, EncodedSample
 from llava_mcore.data.decode import Decoder
 from llava_mcore.data.errors import SampleError
-from llava_mcore.data.sample import Reading, decode_sample
+from llava_mcore.data.sample import Reading
 from llava_mcore.data.shards import ShardDataset
 from llava_mcore.data.tokenizer import Tokenizer
 from llava_mcore.settings.schema import DataSettings, Settings
@@ -42,14 +42,14 @@ def write_preview(output: Path, dataset: ShardDataset, tokenizer: Tokenizer, set
     model, data = settings.model, settings.data
     indices = np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)).tolist()
     title = f"{dataset.path}: {len(indices)} of {len(dataset):,} samples, template {data.template}"
-    reading = Reading.from_settings(tokenizer, data, model.vision, model.image_token_id)
-    with open(output, "w", encoding="utf-8") as page, Decoder.from_settings(data, model.vision) as decoder:
+    reading = Reading.from_settings(tokenizer, data, model.geometry, model.image_token_id)
+    with open(output, "w", encoding="utf-8") as page, Decoder.from_settings(data, model.geometry) as decoder:
         page.write(_HEAD.format(title=html.escape(title)))
         for index in indices:
             page.write(f"<section><h2>{index}: {html.escape(dataset.name(index))}</h2>\n")
             try:
                 tokens = reading.encode(dataset, index, dataset.read_record(index))
-                pixels = decode_sample(decoder, dataset, index, model.vision.image_size)
+                pixels = reading.pixels(decoder, dataset, index)
                 page.write("".join(_shown(picture, data) for picture in pixels))
                 page.write(_tokens(tokens, tokenizer, data.sequence_length))
             except SampleError as error:

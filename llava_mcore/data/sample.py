@@ -1,4 +1,4 @@
-"""From a sample in a shard to what the model reads of it: which media it has, how many pictures they make, its tokens."""
+"""From a sample in a shard to what the model reads of it: which media it has, what these become, its tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from llava_mcore.data.order import key
 from llava_mcore.data.shards import AUDIO, FAMILIES, PICTURE, VIDEO, Medium, ShardDataset
 from llava_mcore.data.tokenizer import Tokenizer
 from llava_mcore.data.video import FrameChoice
-from llava_mcore.settings.schema import DataSettings, VisionSettings
+from llava_mcore.geometry import SINGLE, Geometry, Shape
+from llava_mcore.settings.schema import DataSettings
 
 _KINDS: dict[int, Literal["picture", "video", "sound"]] = {PICTURE: "picture", VIDEO: "video", AUDIO: "sound"}
 
@@ -38,32 +39,52 @@ def media_of(families: Sequence[int], embeddings: Sequence[int]) -> list[convers
 
 @dataclass(frozen=True)
 class Reading:
-    """How samples of any dataset become tokens and pictures. A video is as many pictures as frames of it are shown.
+    """How samples of any dataset become tokens and pixels.
 
     Attributes:
         tokenizer: makes ids.
         how: template and the like.
         frames: which frames of a video are shown.
-        each: embeddings of one picture.
-        image_token_id: id written at each of them.
+        geometry: what a picture or a clip becomes.
+        image_token_id: id written at each embedding.
     """
 
     tokenizer: Tokenizer
     how: Rendering
     frames: FrameChoice
-    each: int
+    geometry: Geometry
     image_token_id: int
 
     @classmethod
-    def from_settings(cls, tokenizer: Tokenizer, data: DataSettings, vision: VisionSettings, image_token_id: int) -> Reading:
+    def from_settings(cls, tokenizer: Tokenizer, data: DataSettings, geometry: Geometry, image_token_id: int) -> Reading:
         """As the settings of a run ask for."""
-        return cls(tokenizer, rendering_of(data), frames_of(data), vision.embeddings_per_image, image_token_id)
+        return cls(tokenizer, rendering_of(data), frames_of(data), geometry, image_token_id)
 
-    def pictures(self, medium: Medium) -> int:
-        """Pictures one medium is to the model: none for a sound, whose encoder comes later."""
-        if medium.family == VIDEO:
-            return self.frames.count(medium.frames, medium.fps)
-        return 1 if medium.family == PICTURE else 0
+    def shapes(self, dataset: ShardDataset, index: int, *identity: int) -> list[Shape]:
+        """The pictures and clips of a sample; a sound is none, its encoder comes later.
+
+        Args:
+            dataset: the dataset.
+            index: of the sample.
+            identity: as in ``requests``; it matters for the times of frames only.
+        """
+        media = [medium for medium in dataset.media(index) if medium.family in (PICTURE, VIDEO)]
+        several = sum(medium.family == PICTURE for medium in media) > 1
+        return [
+            self._clip(medium, int(key(index, *identity)[0]))
+            if medium.family == VIDEO
+            else self.geometry.picture(medium.width, medium.height, several)
+            for medium in media
+        ]
+
+    def _clip(self, medium: Medium, choice: int) -> Shape:
+        frames, fps = medium.frames, medium.fps
+        if not self.geometry.has_time:
+            return Shape(frames=self.frames.count(frames, fps))
+        # The index knows the average rate: exact but for videos whose rate varies.
+        times = np.arange(frames) / (fps or 1.0)
+        seconds = tuple(times[self.frames.choose(times, fps, choice)].tolist())
+        return Shape(frames=len(seconds), seconds=seconds)
 
     def encode(self, dataset: ShardDataset, index: int, record: dict[str, Any]) -> EncodedSample:
         """Tokenises a sample for training.
@@ -93,54 +114,68 @@ class Reading:
             image_token_id=self.image_token_id,
         )
 
+    def requests(self, dataset: ShardDataset, index: int, *identity: int) -> list[Request]:
+        """What is to be decoded for a sample, in the order of its pictures and clips; reads the bytes.
+
+        Args:
+            dataset: the dataset.
+            index: of the sample.
+            identity: what the choice of frames depends on, where it is random: seed, epoch.
+
+        Raises:
+            SampleError: bytes have changed since they were indexed.
+        """
+        choice = int(key(index, *identity)[0])
+        media = [medium for medium in dataset.media(index) if medium.family in (PICTURE, VIDEO)]
+        return [
+            Request(medium.extension, dataset.read_medium(index, medium), choice, tiled=shape.width > 0)
+            for medium, shape in zip(media, self.shapes(dataset, index), strict=True)
+        ]
+
+    def pixels(self, decoder: Decoder, dataset: ShardDataset, index: int) -> np.ndarray:
+        """Tiles and frames of a sample as the model sees them, float32 [n, 3, image_size, image_size].
+
+        Raises:
+            SampleError: one of them cannot be decoded.
+        """
+        size = self.geometry.image_size
+        seen = [np.empty((0, 3, size, size), dtype=np.float32)]
+        for result in decoder.decode(self.requests(dataset, index)):
+            if isinstance(result, SampleError):
+                raise result
+            seen.append(result.reshape(-1, 3, size, size))
+        return np.concatenate(seen)
+
     def _media(self, dataset: ShardDataset, index: int) -> list[conversation.Medium]:
+        shapes = iter(self.shapes(dataset, index))
         media = dataset.media(index)
-        return media_of([medium.family for medium in media], [self.pictures(medium) * self.each for medium in media])
+        counts = [self.geometry.embeddings(next(shapes)) if medium.family in (PICTURE, VIDEO) else 0 for medium in media]
+        return media_of([medium.family for medium in media], counts)
 
 
-def requests_of(dataset: ShardDataset, index: int, *identity: int) -> list[Request]:
-    """What is to be decoded for a sample, in the order of its pictures; reads the bytes.
-
-    Args:
-        dataset: the dataset.
-        index: of the sample.
-        identity: what the choice of frames depends on, where it is random: seed, epoch.
-
-    Raises:
-        SampleError: bytes have changed since they were indexed.
-    """
-    choice = int(key(index, *identity)[0])
-    return [
-        Request(medium.extension, dataset.read_medium(index, medium), choice)
-        for medium in dataset.media(index)
-        if medium.family in (PICTURE, VIDEO)
-    ]
-
-
-def decode_sample(decoder: Decoder, dataset: ShardDataset, index: int, image_size: int) -> np.ndarray:
-    """Pictures and frames of a sample as the model sees them, float32 [n, 3, image_size, image_size].
-
-    Raises:
-        SampleError: one of them cannot be decoded.
-    """
-    seen = [np.empty((0, 3, image_size, image_size), dtype=np.float32)]
-    for result in decoder.decode(requests_of(dataset, index)):
-        if isinstance(result, SampleError):
-            raise result
-        seen.append(result.reshape(-1, 3, image_size, image_size))
-    return np.concatenate(seen)
-
-
-def count_pictures(dataset: ShardDataset, indices: np.ndarray, frames: FrameChoice) -> np.ndarray:
-    """Pictures of each sample, int64 [samples], frames of videos included; from the index."""
+def count_visual(
+    dataset: ShardDataset, indices: np.ndarray, geometry: Geometry, frames: FrameChoice
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tiles of each sample, frames of videos included, and embeddings they become, int64 [samples] each; from the index."""
     columns = dataset.columns
     first, last = columns["sample_component"][indices], columns["sample_component"][indices + 1]
     counts = last - first
     owners = np.repeat(np.arange(len(indices)), counts)
     rows = np.arange(counts.sum()) + np.repeat(first - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
     families = FAMILIES[columns["component_kind"][rows]]
-    pictures = (families == PICTURE).astype(np.int64)
-    for place in np.flatnonzero(families == VIDEO).tolist():
+    is_picture = families == PICTURE
+    several = np.bincount(owners, weights=is_picture, minlength=len(indices))[owners] > 1
+    tiles = is_picture * geometry.tiles(SINGLE)
+    embeddings = is_picture * geometry.embeddings(SINGLE)
+    # One by one where the size counts.
+    for place in np.flatnonzero((families == VIDEO) | (is_picture & (geometry.anyres is not None))).tolist():
         row = rows[place]
-        pictures[place] = frames.count(int(columns["component_frames"][row]), float(columns["component_fps"][row]))
-    return np.bincount(owners, weights=pictures, minlength=len(indices)).astype(np.int64)
+        if is_picture[place]:
+            size = int(columns["component_width"][row]), int(columns["component_height"][row])
+            shape = geometry.picture(*size, bool(several[place]))
+        else:
+            shape = Shape(frames=frames.count(int(columns["component_frames"][row]), float(columns["component_fps"][row])))
+        tiles[place], embeddings[place] = geometry.tiles(shape), geometry.embeddings(shape)
+    each = (np.bincount(owners, weights=values, minlength=len(indices)) for values in (tiles, embeddings))
+    of_tiles, of_embeddings = (counted.astype(np.int64) for counted in each)
+    return of_tiles, of_embeddings

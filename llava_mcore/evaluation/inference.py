@@ -18,9 +18,10 @@ from llava_mcore.data.conversation import IGNORE
 from llava_mcore.data.decode import Decoder
 from llava_mcore.data.loader import Batch, Piece, lay_out
 from llava_mcore.data.packing import pack
-from llava_mcore.data.sample import Reading, decode_sample
+from llava_mcore.data.sample import Reading
 from llava_mcore.data.shards import ShardDataset
 from llava_mcore.data.tokenizer import Tokenizer, load_tokenizer
+from llava_mcore.geometry import Shape
 from llava_mcore.models.initialize import initialize
 from llava_mcore.models.llava import build_model
 from llava_mcore.parallel import groups as process_groups
@@ -40,6 +41,7 @@ class Prompt:
 
     input_ids_L: np.ndarray  # int64, image_token_id at every image embedding
     pixels_nCHW: np.ndarray  # float32
+    shapes: list[Shape]  # of the pictures and clips
 
 
 class Inference:
@@ -73,8 +75,8 @@ class Inference:
             load_model(checkpoint, self.model, self.groups)
         self.tokenizer: Tokenizer = load_tokenizer(settings.data.tokenizer or "")
         model = settings.model
-        self._reading = Reading.from_settings(self.tokenizer, settings.data, model.vision, model.image_token_id)
-        self._decoder = Decoder.from_settings(settings.data, model.vision)
+        self._reading = Reading.from_settings(self.tokenizer, settings.data, model.geometry, model.image_token_id)
+        self._decoder = Decoder.from_settings(settings.data, model.geometry)
 
     def prompt(self, dataset: ShardDataset, index: int) -> Prompt:
         """The last question of a sample of a dataset.
@@ -83,7 +85,7 @@ class Inference:
             SampleError: there is none, or a medium cannot be decoded.
         """
         ids = self._reading.encode_prompt(dataset, index, dataset.read_record(index))
-        return Prompt(ids, decode_sample(self._decoder, dataset, index, self.settings.model.vision.image_size))
+        return Prompt(ids, self._reading.pixels(self._decoder, dataset, index), self._reading.shapes(dataset, index))
 
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
         """The answers to this replica's prompts, greedy; every rank of the replica calls it with the same prompts.
@@ -115,7 +117,7 @@ class Inference:
         for prompt, answer in zip(prompts, answers, strict=True):
             ids = np.concatenate([prompt.input_ids_L, np.array(answer, dtype=np.int64)])
             slots = np.flatnonzero(prompt.input_ids_L == image) if len(prompt.pixels_nCHW) else np.empty(0, dtype=np.int64)
-            pieces.append(Piece(ids, np.full_like(ids, IGNORE), slots, prompt.pixels_nCHW))
+            pieces.append(Piece(ids, np.full_like(ids, IGNORE), slots, prompt.pixels_nCHW, prompt.shapes))
         streams = pack([len(piece.input_ids_L) for piece in pieces], capacity)
         batches, lasts, order = [], [], []
         for batch, members in self._micro_batches(streams, pieces):

@@ -15,23 +15,27 @@ from torch import Tensor
 from llava_mcore.models.llava import ModelParts
 from llava_mcore.settings.schema import ModelSettings
 
+LEARNED_TOKENS = "learned_tokens."
 
-def initialize(model: ModelParts, seed: int, metadata: dict) -> None:
+
+def initialize(model: ModelParts, seed: int, metadata: dict, only: str = "") -> None:
     """Fills every parameter in place.
 
     Matrices and embeddings of tower and decoder are normal with ``init_std``; norms one and zero; biases zero; the projector
-    is uniform in +-1/sqrt(inputs), weights and biases, as torch initialises a linear layer and as LLaVA starts it.
+    is uniform in +-1/sqrt(inputs), weights and biases, as torch initialises a linear layer and as LLaVA starts it; learned tokens
+    are normal with 1/sqrt(width), the gate of times is zero.
 
     Args:
         model: the parts of the model this rank holds (``models.llava.build_model``).
         seed: same seed, same weights, whatever the layout.
         metadata: of the sharded state dict (``training.checkpoint.sharding_metadata``).
+        only: what the names of those begin with that are filled.
     """
     for chunk in model:
         state = chunk.sharded_state_dict(metadata=metadata)
         apply_factories(state)  # a gated MLP is stored as two tensors, which are views of the one parameter
         for shard in nested_values(state):
-            if isinstance(shard, ShardedTensor):
+            if isinstance(shard, ShardedTensor) and shard.key.startswith(only):
                 whole = draw(shard.key, shard.global_shape, chunk.settings, seed)
                 with torch.no_grad():
                     shard.data.copy_(whole[shard.global_slice()].reshape(shard.data.shape))
@@ -46,6 +50,10 @@ def draw(name: str, shape: tuple[int, ...], model: ModelSettings, seed: int) -> 
     if name.startswith("projector."):
         inputs = model.language.hidden_size if "linear_fc2" in name else model.vision.hidden_size
         return whole.uniform_(-(inputs**-0.5), inputs**-0.5, generator=generator)
+    if name == LEARNED_TOKENS + "time_gate":
+        return whole
+    if name.startswith(LEARNED_TOKENS):  # as in LLaVA-NeXT and LLaVA-Video
+        return whole.normal_(0.0, model.language.hidden_size**-0.5, generator=generator)
     if name.endswith("bias"):
         return whole
     whole.normal_(0.0, model.init_std, generator=generator)

@@ -2,14 +2,14 @@
 
 Shape suffixes: T tokens of a micro-batch (all its streams end to end), C those of one context-parallel rank, S those of one
 sequence-parallel rank, E image embeddings, Q tokens whose loss or logits are wanted (e and q those among this rank's tokens), N
-pictures (n those this rank encodes), P patches, H width of the decoder, V vocabulary (one tensor-parallel rank's part), R rows of
-position ids (one, or a second with sample lengths).
+tiles: pictures, parts of pictures, frames (n those this rank encodes), P patches of one, F features of all tiles, H width of the
+decoder, V vocabulary (one tensor-parallel rank's part), R rows of position ids (one, or a second with sample lengths).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from megatron.core.fp8_utils import get_fp8_context
@@ -27,9 +27,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 
+from llava_mcore.geometry import SINGLE, Shape
+from llava_mcore.models.arrangement import LearnedTokens, pool_tiles
 from llava_mcore.models.attention import PackedSamples
 from llava_mcore.models.backend import resolve_here
 from llava_mcore.models.config import DTYPES, KEEP_ALL, PORTABLE, Recompute, decoder_config, projector_config, tower_config
+from llava_mcore.models.embedding_order import arrange
 from llava_mcore.models.language import LanguageModel
 from llava_mcore.models.layers import mlp_submodules, parts_of, unmark_unsplit
 from llava_mcore.models.vision import VisionTower
@@ -138,6 +141,8 @@ class LlavaModel(MegatronModule):
                     model.vision.hidden_size,
                     tp_group=groups.tower.tp,
                 )
+            self.learned_tokens = LearnedTokens(model.geometry, model.language.hidden_size, DTYPES[dtype])
+        self.geometry = model.geometry
         self.language_model = LanguageModel(
             config, model.language, groups.mcore, self.pre_process, self.post_process, self.vp_stage
         )
@@ -155,17 +160,34 @@ class LlavaModel(MegatronModule):
         """Parameters of tower and projector, where this part holds them."""
         return [*self.vision_tower.parameters(), *self.projector.parameters()] if self.pre_process else []
 
-    def encode_images(self, pixel_values_NChw: Tensor) -> Tensor:
-        """Pixels [N, 3, h, w] to decoder embeddings [E, H], picture after picture in raster order; N may be 0."""
+    def encode_images(self, pixel_values_NChw: Tensor, shapes: Sequence[Shape] = (), chosen_e: Tensor | None = None) -> Tensor:
+        """Decoder embeddings [E, H] of pictures and clips, one after another.
+
+        Args:
+            pixel_values_NChw: their tiles; N may be 0.
+            shapes: of the media; none given: every tile is a picture.
+            chosen_e: on the host, the embeddings that are wanted; None: all.
+        """
+        if self.geometry.plain:
+            image_EH = self._encode_dealt(pixel_values_NChw, None, None)
+            return image_EH if chosen_e is None else image_EH[chosen_e.to(image_EH.device, non_blocking=True)]
+        order = arrange(self.geometry, shapes or (SINGLE,) * len(pixel_values_NChw))
+        features_FH = self._encode_dealt(pixel_values_NChw, order.strides, order.rows)
+        return self.learned_tokens(features_FH, order, chosen_e)
+
+    def _encode_dealt(self, pixel_values_NChw: Tensor, strides: Sequence[int] | None, rows: Sequence[int] | None) -> Tensor:
+        """Features [F, H] of all tiles, dealt over the ranks that encode; ``strides`` and ``rows`` as in ``Arrangement``."""
+        count = len(pixel_values_NChw)
         if self.parallel.encoder == "tensor_parallel" or self.groups.encoders.size() == 1:
-            return self._encode(pixel_values_NChw)
-        # Pictures are square and of one size here, so each costs the same.
-        dealt = deal((1.0,) * len(pixel_values_NChw), self.groups.encoders.size())
-        own_eH = self._encode(pixel_values_NChw[list(dealt[self.groups.encoders.rank()])])
-        each = [self.settings.vision.embeddings_per_image] * len(pixel_values_NChw)
+            return self._encode(pixel_values_NChw, strides)
+        # Tiles are of one size, so each costs the same.
+        dealt = deal((1.0,) * count, self.groups.encoders.size())
+        own = list(dealt[self.groups.encoders.rank()])
+        own_eH = self._encode(pixel_values_NChw[own], None if strides is None else [strides[tile] for tile in own])
+        each = [self.settings.vision.embeddings_per_image] * count if rows is None else rows
         return gather_embeddings(own_eH, dealt, each, self.groups.encoders, self.groups.cp) if each else own_eH
 
-    def _encode(self, pixel_values_nChw: Tensor) -> Tensor:
+    def _encode(self, pixel_values_nChw: Tensor, strides: Sequence[int] | None = None) -> Tensor:
         """What this rank encodes itself."""
         if pixel_values_nChw.shape[0] == 0:
             # Megatron-Core's layers cannot run on nothing. A blank picture that goes nowhere gives every parameter its (zero)
@@ -175,24 +197,35 @@ class LlavaModel(MegatronModule):
         tower_trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with contextlib.nullcontext() if tower_trains else torch.no_grad():  # a frozen tower stores no activations
             features_nPH = self.vision_tower(pixel_values_nChw)
+        video, strides = self.settings.video, strides or ()
+        before = video.pool_at == "before_projector"
+        features_FH = pool_tiles(features_nPH, strides if before else (), video.pool)
         with get_fp8_context(self.projector.config):
-            return self.projector(features_nPH.flatten(0, 1))
+            features_FH = self.projector(features_FH)
+        return features_FH if before else pool_tiles(features_FH.unflatten(0, features_nPH.shape[:2]), strides, video.pool)
 
-    def embed(self, input_ids_C: Tensor, pixel_values_NChw: Tensor, places_e: Tensor, chosen_e: Tensor | None) -> Tensor:
+    def embed(
+        self,
+        input_ids_C: Tensor,
+        pixel_values_NChw: Tensor,
+        shapes: Sequence[Shape],
+        places_e: Tensor,
+        chosen_e: Tensor | None,
+    ) -> Tensor:
         """Token and image embeddings in their places: [S, 1, H].
 
         Args:
             input_ids_C: of this context-parallel rank.
             pixel_values_NChw: of the whole stream.
+            shapes: of its media.
             places_e: where the image embeddings go among this rank's tokens.
-            chosen_e: which of all E they are (None: all).
+            chosen_e: which of all E they are, on the host (None: all).
 
         Every tensor-parallel rank computes all C tokens here and keeps its own part, so the gradient of the embeddings is
         complete on each of them.
         """
         text_C1H = self.language_model.embedding(input_ids=input_ids_C[None], position_ids=None)
-        image_EH = self.encode_images(pixel_values_NChw)
-        image_eH = image_EH if chosen_e is None else image_EH[chosen_e]
+        image_eH = self.encode_images(pixel_values_NChw, shapes, chosen_e)
         hidden_C1H = text_C1H.index_copy(0, places_e, image_eH[:, None])
         if self.config.sequence_parallel:
             return scatter_to_sequence_parallel_region(hidden_C1H, group=self.groups.tp)
@@ -207,6 +240,7 @@ class LlavaModel(MegatronModule):
         image_index_E: Tensor,
         asked_Q: Tensor,
         labels_T: Tensor | None = None,
+        shapes: Sequence[Shape] = (),
     ) -> Tensor:
         """One micro-batch through the part of the model this rank holds.
 
@@ -214,10 +248,11 @@ class LlavaModel(MegatronModule):
             input_ids_T: int64; the ids at image embeddings are overwritten by them.
             position_ids_T: int64, from 0 in each sample.
             sample_lengths: tokens of each sample in order, padding included; sums to T.
-            pixel_values_NChw: normalised pixels; N may be 0.
+            pixel_values_NChw: normalised pixels of the tiles of all media; N may be 0.
             image_index_E: int64, where in the stream each image embedding goes; on the host, like ``asked_Q``.
             asked_Q: int64, the tokens whose loss or logits are wanted.
             labels_T: int64, already shifted; anything where nothing is asked.
+            shapes: of the media, in order; none given: every tile is a picture.
 
         Returns:
             on the last stage the loss of each token [C] in float32 (0 where it is not asked for), or without labels the logits
@@ -242,12 +277,11 @@ class LlavaModel(MegatronModule):
             position_ids_RT = torch.stack([position_ids_T, _length_of_each(sample_lengths, own_C, position_ids_T.device)])
         samples.asked = asked_Q.to(device, non_blocking=True)
         places_e = places_e.to(device, non_blocking=True)
-        chosen_e = None if chosen_e is None else chosen_e.to(device, non_blocking=True)
         output = self.language_model(
             input_ids=None,
             position_ids=position_ids_RT,
             attention_mask=None,
-            decoder_input=self.embed(input_ids_T, pixel_values_NChw, places_e, chosen_e) if self.pre_process else None,
+            decoder_input=(self.embed(input_ids_T, pixel_values_NChw, shapes, places_e, chosen_e) if self.pre_process else None),
             labels=None if labels_T is None else labels_T[None],
             packed_seq_params=samples,
         )

@@ -398,6 +398,9 @@ DECODERS["qwen3_moe"] = replace(
 
 HEAD = Names(anchor="lm_head.weight", rows=(row("output_layer.weight", ("lm_head.weight", "vocab hidden"), fusion="vocab"),))
 
+# What is learned between rows of tiles, or frames, and is of no module.
+LEARNED_TOKENS = Names(anchor="image_newline", rows=(row("newline", ("image_newline", "hidden")),))
+
 # "linear" is absent: LlavaForConditionalGeneration always has two layers with an activation between.
 PROJECTORS = {
     "mlp2x_gelu": Names(

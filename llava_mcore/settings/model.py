@@ -10,9 +10,10 @@ from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
-from llava_mcore.geometry import num_image_embeddings, num_patches, round_up
+from llava_mcore.geometry import Geometry, Shape, num_image_embeddings, num_patches, round_up
 from llava_mcore.settings.families import DECODERS, TOWERS, Family, contradictions
 from llava_mcore.settings.rules import STRICT, NonNegative, Positive, fail_on
+from llava_mcore.settings.visual import AnyresSettings, VideoSettings
 
 # The vocabulary is padded to this multiple and not to the tensor-parallel size, so that a checkpoint does not depend on the
 # layout it was saved from. Padded rows never take part in the softmax.
@@ -261,9 +262,31 @@ class ModelSettings:
     language: LanguageSettings
     image_token_id: NonNegative = Field(description="token id written at every place an image embedding will take")
     init_std: float = Field(0.02, gt=0, description="standard deviation of randomly initialised weights")
+    anyres: AnyresSettings | None = Field(None, description="pictures of several tiles (null: each is one tile)")
+    video: VideoSettings = Field(default_factory=VideoSettings, description="frames of a clip")
 
     @model_validator(mode="after")
     def _check(self) -> ModelSettings:
+        problems = []
         if self.image_token_id >= self.language.vocab_size:
-            raise ValueError(f"image_token_id {self.image_token_id} is outside the vocabulary of {self.language.vocab_size}")
+            problems.append(f"image_token_id {self.image_token_id} is outside the vocabulary of {self.language.vocab_size}")
+        geometry = self.geometry
+        if geometry.class_token and not geometry.plain:
+            problems.append("vision.select_feature=cls_patch makes no grid; anyres, pooling and newlines need patch")
+        coarsest = max(geometry.strides(Shape(frames=2)))
+        if not geometry.pooled_side(coarsest):
+            problems.append(f"video.stride: pooling by {coarsest} leaves nothing of a frame of {geometry.side} x {geometry.side}")
+        fail_on(problems)
         return self
+
+    @property
+    def geometry(self) -> Geometry:
+        """From sizes of pictures and clips to tiles and embeddings."""
+        vision = self.vision
+        return Geometry(
+            vision.image_size,
+            vision.image_size // vision.patch_size,
+            vision.select_feature == "cls_patch",
+            None if self.anyres is None else self.anyres.geometry,
+            self.video.geometry,
+        )

@@ -95,8 +95,10 @@ class DataSettings:
     )
     image_start_token: str = Field("", description="token in front of every picture, as <im_start>; the tokenizer must have it")
     image_end_token: str = Field("", description="token behind every picture, as <im_end>")
-    image_mode: Literal["pad", "square"] = Field(
-        "pad", description="pad: to a square with the mean colour, then resize; square: resize the short side, then centre-crop"
+    image_mode: Literal["pad", "square", "stretch"] = Field(
+        "pad",
+        description="a picture or frame of one tile; pad: to a square with the mean colour, then resize; square: resize the "
+        "short side, then centre-crop; stretch: resize both sides (pictures of several tiles: model.anyres)",
     )
     image_mean: tuple[float, float, float] = Field((0.48145466, 0.4578275, 0.40821073), description="mean per channel (CLIP's)")
     image_std: tuple[float, float, float] = Field(

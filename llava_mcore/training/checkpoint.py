@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException as WriteFailure
 
+from llava_mcore.models.initialize import LEARNED_TOKENS
 from llava_mcore.models.llava import ModelParts
 from llava_mcore.models.vision import resized_positions
 from llava_mcore.parallel.broadcast import from_first
@@ -65,15 +67,20 @@ def model_state(model: ModelParts, groups: Groups) -> dict[str, dict[str, Any]]:
 def load_model(path: str | Path, model: ModelParts, groups: Groups) -> None:
     """Fills ``model`` with the weights of a checkpoint of any layout; collective.
 
-    The pictures may be of another size than the checkpoint's: the position table of the tower is then interpolated.
+    The pictures may be of another size than the checkpoint's (the position table of the tower is then interpolated), and become
+    embeddings in another way; a learned token that the checkpoint lacks keeps the value it has.
 
     Raises:
         CheckpointError: the folder is incomplete or belongs to another model (naming every setting that differs).
     """
     path = folder.require_checkpoint(path)
-    require_same_model(path, model.settings, but_for=("model.vision.image_size",))
-    states, positions = model_state(model, groups), folder.read_model_settings(path).vision.positions
+    require_same_model(path, model.settings, but_for=("model.vision.image_size", "model.anyres", "model.video"))
+    stored = folder.read_model_settings(path)
+    states, positions = model_state(model, groups), stored.vision.positions
+    held = {"newline": stored.geometry.has_newline, "faster": stored.geometry.has_faster, "time_gate": stored.geometry.has_time}
     for state in states.values():
+        for name in (LEARNED_TOKENS + token for token, there in held.items() if not there):
+            state.pop(name, None)
         if (table := state.get(POSITIONS)) is not None and table.global_shape[0] != positions:
             other = table.data.new_empty(positions, table.global_shape[1])
             state[POSITIONS] = ShardedTensor.from_rank_offsets(table.key, other, replica_id=table.replica_id)
@@ -92,11 +99,14 @@ def _put_weights(model: ModelParts, states: dict[str, dict[str, Any]]) -> None:
 
 def require_same_model(path: Path, model: ModelSettings, but_for: tuple[str, ...] = ()) -> None:
     """Refuses a checkpoint whose tensors cannot be this model's, for another reason than the settings ``but_for``."""
-    theirs, ours = (_flat("model", asdict(settings)) for settings in (folder.read_model_settings(path), model))
+    # A part that one of them has and the other has not is told with all its settings.
+    absent: dict[str, Any] = defaultdict(lambda: None)
+    theirs, ours = (absent | _flat("model", asdict(settings)) for settings in (folder.read_model_settings(path), model))
     differing = [
         f"{name}: {theirs[name]!r} in the checkpoint, {ours[name]!r} here"
-        for name in ours
-        if name not in (*OF_TRAINING, *but_for) and theirs[name] != ours[name]
+        for name in sorted(ours.keys() | theirs.keys())
+        if not f"{name}.".startswith(tuple(f"{left_out}." for left_out in (*OF_TRAINING, *but_for)))
+        and theirs[name] != ours[name]
     ]
     if differing:
         raise CheckpointError(f"{path} is a checkpoint of another model: " + "; ".join(differing))

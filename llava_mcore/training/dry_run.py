@@ -15,6 +15,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from llava_mcore.geometry import SINGLE, Geometry
 from llava_mcore.settings.compose import SettingsError
 from llava_mcore.settings.derive import Derived, derive
 from llava_mcore.settings.layouts import layout_problems
@@ -276,7 +277,7 @@ def _show_batch(page: _Page, settings: Settings, world_size: int, data_parallel:
     page.title("batch")
     page.row("samples a step", train.global_batch_size)
     page.row("stream", f"{settings.data.sequence_length} tokens, {train.micro_batch_size} a micro-batch")
-    page.row("picture", f"{settings.model.vision.embeddings_per_image} tokens")
+    page.row("picture", _price(settings.model.geometry))
     if train.global_batch_size < data_parallel:
         page.warnings.append(
             f"train.global_batch_size {train.global_batch_size} is below the data-parallel size {data_parallel}: "
@@ -317,7 +318,7 @@ def _show_first_batch(
         planner = Planner(
             blend,
             data,
-            settings.model.vision.embeddings_per_image,
+            settings.model.geometry,
             seed=train.seed,
             global_batch_size=train.global_batch_size,
             total_samples=derived.total_samples if derived else None,
@@ -326,7 +327,6 @@ def _show_first_batch(
             planner,
             tokenizer,
             data,
-            settings.model.vision,
             settings.model.image_token_id,
             rank=0,
             size=data_parallel,
@@ -341,11 +341,20 @@ def _show_first_batch(
     _describe_step(page, settings, tokenizer, step)
 
 
+def _price(geometry: Geometry) -> str:
+    """What a picture costs, or some pictures, where it depends on their sizes."""
+    if geometry.anyres is None:
+        return f"{geometry.embeddings(SINGLE)} tokens"
+    sizes = ((336, 336), (1024, 768), (768, 1024), (1600, 400))
+    prices = (f"{geometry.embeddings(geometry.picture(*size, False)):,} of {size[0]} x {size[1]}" for size in sizes)
+    return f"tokens: {', '.join(prices)} pixels"
+
+
 def _describe_step(page: _Page, settings: Settings, tokenizer: Any, step: Any) -> None:
     supervised = sum(batch.loss_tokens for batch in step.batches)
     page.row("samples", f"{step.samples} on all ranks, {len(step.bad)} bad among this rank's, {len(step.left_out)} left out")
     page.row("tokens", f"{step.real_tokens:,} in {step.slots:,} slots ({1 - step.real_tokens / max(step.slots, 1):.1%} padding)")
-    page.row("pictures", step.pictures)
+    page.row("image embeddings", f"{step.visual_tokens:,} of those tokens, of {step.pictures:,} pictures, tiles and frames")
     page.row("micro-batches", f"{len(step.batches)} on this rank, {supervised:,} tokens predicted")
     # Other ranks' labels are not known here; they are taken to be as dense as this rank's.
     labelled = round(step.real_tokens * supervised / max(1, sum(batch.real_tokens for batch in step.batches)))

@@ -163,6 +163,7 @@ def _apply(model: nn.Module, batch: Batch, device: torch.device, asked_Q: Tensor
         batch.image_index_E,
         asked_Q,
         None if labels_T is None else labels_T.to(device, non_blocking=True),
+        batch.shapes,
     )
 
 

@@ -14,6 +14,7 @@ from llava_mcore.training.observe.flops import FlopsCounter
 
 # The stream that costs are counted on: samples of one picture and so many tokens of text, as in LLaVA's mixtures.
 TEXT_TOKENS = 128
+PICTURE = (1024, 768)  # pixels, where the size counts
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ def table(settings: Settings) -> str:
 
 def _costs(settings: Settings) -> tuple[float, float, float]:
     """FLOPs of one stream: encoder (tower and projector), one decoder layer, head."""
-    sample = min(settings.model.vision.embeddings_per_image + TEXT_TOKENS, settings.data.sequence_length)
+    geometry = settings.model.geometry
+    picture = geometry.picture(*PICTURE, False)
+    sample = min(geometry.embeddings(picture) + TEXT_TOKENS, settings.data.sequence_length)
     samples = max(1, settings.data.sequence_length // sample)
 
     def breakdown(layers: int) -> dict[str, int]:
@@ -110,7 +113,7 @@ def _costs(settings: Settings) -> tuple[float, float, float]:
             settings.parallel, tensor=1, pipeline=1, context=1, virtual_pipeline=1, pipeline_split="even"
         )
         counter = FlopsCounter(dataclasses.replace(settings, model=model, parallel=one_rank))
-        return counter.breakdown([sample] * samples, samples)
+        return counter.breakdown([sample] * samples, samples * geometry.tiles(picture))
 
     one, two = breakdown(1), breakdown(2)
     layer = two["language_model"] - one["language_model"]

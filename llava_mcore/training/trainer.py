@@ -20,7 +20,7 @@ from llava_mcore.data.sources import mixture_of, open_blend
 from llava_mcore.data.tokenizer import load_tokenizer
 from llava_mcore.models.backend import blank_pictures, problems_here
 from llava_mcore.models.config import Recompute
-from llava_mcore.models.initialize import initialize
+from llava_mcore.models.initialize import LEARNED_TOKENS, initialize
 from llava_mcore.models.llava import build_model
 from llava_mcore.parallel import groups as process_groups
 from llava_mcore.parallel.broadcast import share_steps
@@ -67,7 +67,7 @@ class Trainer:
         self.planner = Planner(
             blend,
             settings.data,
-            settings.model.vision.embeddings_per_image,
+            settings.model.geometry,
             seed=train.seed,
             global_batch_size=train.global_batch_size,
             total_samples=self.derived.total_samples,
@@ -154,6 +154,8 @@ class Trainer:
         if source is None:
             initialize(self.model, self.settings.train.seed, sharding_metadata(self.groups))
             return
+        # What a source without tiles or clips has not learned.
+        initialize(self.model, self.settings.train.seed, sharding_metadata(self.groups), only=LEARNED_TOKENS)
         if checkpoint_folder.is_hf(source):
             load_hf_into(model_state(self.model, self.groups), source)
         else:
@@ -178,7 +180,6 @@ class Trainer:
             self.planner,
             self.tokenizer,
             self.settings.data,
-            self.settings.model.vision,
             self.settings.model.image_token_id,
             rank=self.groups.dp.rank(),
             size=self.groups.dp.size(),
@@ -205,7 +206,7 @@ class Trainer:
         if parallel.pipeline > 1:
             self.say(pipeline_split.table(self.settings))
         if self.place.is_first:
-            with Decoder.from_settings(self.settings.data, self.settings.model.vision) as decoder:
+            with Decoder.from_settings(self.settings.data, self.settings.model.geometry) as decoder:
                 self.say(f"data: {self.planner.describe()}; {decoder.describe()}")
             output = Path(self.settings.train.output_dir)
             output.mkdir(parents=True, exist_ok=True)
@@ -258,6 +259,7 @@ class Trainer:
             seconds=seconds,
             samples=step.samples,
             pictures=step.pictures,
+            visual_tokens=step.visual_tokens,
             bad_samples=self.data.bad_samples,
             waited=self.waited,
             flops=self.flops.step(step.sample_lengths, step.pictures, labelled),
@@ -265,10 +267,10 @@ class Trainer:
             blank_pictures=self._blank_pictures(step),
         )
 
-    def _pictures(self, step: Step) -> list[int]:
-        """Pictures of each of this replica's micro-batches."""
-        each = self.settings.model.vision.embeddings_per_image
-        return [len(batch.image_index_E) // each for batch in step.batches]
+    def _tiles(self, step: Step) -> list[int]:
+        """Tiles and frames of each of this replica's micro-batches."""
+        geometry = self.settings.model.geometry
+        return [sum(map(geometry.tiles, batch.shapes)) for batch in step.batches]
 
     def _blank_pictures(self, step: Step) -> int | None:
         """Pictures that only fill up the rows of an FP8 tower's products, over the ranks of this replica."""
@@ -276,17 +278,17 @@ class Trainer:
             return None
         size = self.groups.encoders.size() if self.settings.parallel.encoder == "data_parallel" else 1
         rows, multiple = self.settings.model.vision.positions, self.settings.precision.fp8_multiple
-        return sum(blank_pictures(count, size, rows, multiple) for count in self._pictures(step))
+        return sum(blank_pictures(count, size, rows, multiple) for count in self._tiles(step))
 
     def _encoder_imbalance(self, step: Step) -> float | None:
-        """How unevenly the pictures of this replica's micro-batches fell on the ranks that encode them."""
+        """How unevenly the tiles of this replica's micro-batches fell on the ranks that encode them."""
         size = self.groups.encoders.size()
         if size == 1 or self.settings.parallel.encoder != "data_parallel":
             return None
-        pictures = self._pictures(step)
+        tiles = self._tiles(step)
         # The longest share of each micro-batch is what its other ranks wait for.
-        longest = sum(imbalance([1.0] * count, size) * count for count in pictures)
-        return longest / sum(pictures) if sum(pictures) else None
+        longest = sum(imbalance([1.0] * count, size) * count for count in tiles)
+        return longest / sum(tiles) if sum(tiles) else None
 
 
 def _startup_problems(settings: Settings) -> list[str]:

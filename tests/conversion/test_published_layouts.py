@@ -19,14 +19,17 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaNextVideoConfig,
+    LlavaNextVideoForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    SiglipVisionConfig,
 )
 
 from llava_mcore.conversion import convert, views
 from llava_mcore.conversion.convert import compare_paths
 from llava_mcore.conversion.deltas import apply_delta, make_delta
-from llava_mcore.conversion.describe import describe, inspect
+from llava_mcore.conversion.describe import describe
 from llava_mcore.conversion.families import ConversionError
 from llava_mcore.training import checkpoint_folder as folder
 
@@ -114,23 +117,30 @@ def bins(path: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("config", "kind"),
-    [(LlavaNextConfig, LlavaNextForConditionalGeneration), (LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration)],
+    [
+        (LlavaNextConfig, LlavaNextForConditionalGeneration),
+        (LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration),
+        (LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration),
+    ],
 )
 def test_next_and_onevision(config, kind, tmp_path: Path) -> None:
-    """Their image_newline and their picture geometry come back, down to the last bit and byte."""
+    """They are imported with their tiles, answer alike, and come back down to the last bit and byte."""
     torch.manual_seed(0)
     ids = {"image_token_index": 100, "video_token_index": 99} if "Onevision" in kind.__name__ else {"image_token_index": 100}
-    full = config(vision_config=CLIPVisionConfig(**TOWER), text_config=LlamaConfig(**TEXT), **ids)
+    tower = SiglipVisionConfig(**TOWER, vision_use_head=False) if "Onevision" in kind.__name__ else CLIPVisionConfig(**TOWER)
+    tiles = [[28, 56], [56, 28], [84, 28]]
+    full = config(vision_config=tower, text_config=LlamaConfig(**TEXT), image_grid_pinpoints=tiles, **ids)
     randomised(kind(full)).save_pretrained(tmp_path / "source")
-    convert.import_hf(tmp_path / "source", tmp_path / "checkpoint", compare_logits="Next" in kind.__name__)
-    export_hf(tmp_path / "checkpoint", tmp_path / "back")
-    assert "image_newline" in tensors(tmp_path / "back")
-    assert_same(tensors(tmp_path / "back"), tensors(tmp_path / "source"))
-    assert (tmp_path / "back/config.json").read_bytes() == (tmp_path / "source/config.json").read_bytes()
-    kind.from_pretrained(tmp_path / "back")
-    assert inspect(tmp_path / "checkpoint")["not built"]
-    with pytest.raises(ConversionError, match="--layout source"):
-        export_hf(tmp_path / "checkpoint", tmp_path / "llava", layout="llava-hf")
+    report = convert.import_hf(tmp_path / "source", tmp_path / "checkpoint")
+    assert report is not None and str(report.logits).startswith("match on one picture")
+    for layout in ("source", "llava-hf"):
+        back = tmp_path / f"as_{layout}"
+        export_hf(tmp_path / "checkpoint", back, layout=layout)
+        assert "image_newline" in tensors(back)
+        assert_same(tensors(back), tensors(tmp_path / "source"))
+        assert (back / "config.json").read_bytes() == (tmp_path / "source/config.json").read_bytes()
+        kind.from_pretrained(back)
+    assert folder.read_model_settings(tmp_path / "checkpoint").anyres.grids == [(1, 2), (2, 1), (3, 1)]
 
 
 @pytest.mark.parametrize("with_tower", [False, True], ids=["v1.5", "v1.6"])

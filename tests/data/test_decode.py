@@ -18,7 +18,8 @@ from llava_mcore.data.decode import Decoder, Request
 from llava_mcore.data.errors import DatasetError, SampleError
 from llava_mcore.data.image import open_rgb, preprocess
 from llava_mcore.data.video import FrameChoice, decode_frames
-from llava_mcore.settings.schema import DataSettings, VisionSettings
+from llava_mcore.geometry import Geometry
+from llava_mcore.settings.schema import DataSettings
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 SIDE = 224
@@ -232,15 +233,13 @@ def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         Decoder(pixels(), backend="python", gpu=0)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(decode, "dali_version", lambda: "2.4.0")
-    vision = VisionSettings(image_size=28, patch_size=14, hidden_size=32, ffn_hidden_size=32, num_layers=2, num_attention_heads=2)
     with pytest.raises(DatasetError, match="no CUDA device: set data.decode_on=cpu"):
-        Decoder.from_settings(DataSettings(decode_on="gpu"), vision)
+        Decoder.from_settings(DataSettings(decode_on="gpu"), Geometry(28, 2))
 
 
 def test_settings_reach_the_decoder() -> None:
-    vision = VisionSettings(image_size=56, patch_size=14, hidden_size=32, ffn_hidden_size=32, num_layers=2, num_attention_heads=2)
     data = DataSettings(video_frames=3, video_frames_by="fps", video_fps=10.0, image_mode="pad", decoder="python")
-    with Decoder.from_settings(data, vision) as decoder:
+    with Decoder.from_settings(data, Geometry(56, 4)) as decoder:
         (result,) = decoder.decode([MEDIA["h264"]])
     frames = decode_frames(MEDIA["h264"].data, [0, 19, 39])  # more than 3 at 10 a second: from the first to the last
     assert isinstance(result, np.ndarray)

@@ -25,11 +25,13 @@ from llava_mcore.data.plan import Planner
 from llava_mcore.data.shards import ShardDataset, ShardWriter
 from llava_mcore.data.sources import open_blend
 from llava_mcore.data.tokenizer import Tokenizer
+from llava_mcore.geometry import Geometry
 from llava_mcore.settings.schema import DataSettings, VisionSettings
 
 IMAGE_ID = 3
 VISION = VisionSettings(image_size=28, patch_size=7, hidden_size=32, ffn_hidden_size=32, num_layers=2, num_attention_heads=2)
 EACH = VISION.embeddings_per_image
+GEOMETRY = Geometry(28, 4)
 DATA = DataSettings(sequence_length=384, packing_window=0, decoder="python")
 
 Sample = Callable[[int, int], tuple[str, dict[str, Any], list[tuple[str, bytes]]]]
@@ -38,13 +40,13 @@ Sample = Callable[[int, int], tuple[str, dict[str, Any], list[tuple[str, bytes]]
 def plan(dataset: ShardDataset, tokenizer: Tokenizer, data: DataSettings = DATA, **options: Any) -> Planner:
     arguments: dict[str, Any] = {"seed": 1, "global_batch_size": 16, "total_samples": None} | options
     blend = open_blend(replace(data, path=str(dataset.path)), tokenizer, arguments["seed"], arguments["global_batch_size"])
-    return Planner(blend, data, EACH, **arguments)
+    return Planner(blend, data, GEOMETRY, **arguments)
 
 
 def make(dataset: ShardDataset, tokenizer: Tokenizer, data: DataSettings = DATA, **options: Any) -> StreamLoader:
     planned = {name: options.pop(name) for name in ("seed", "global_batch_size", "total_samples") if name in options}
     arguments: dict[str, Any] = {"rank": 0, "size": 1, "micro_batch_size": 1} | options
-    return StreamLoader(plan(dataset, tokenizer, data, **planned), tokenizer, data, VISION, IMAGE_ID, **arguments)
+    return StreamLoader(plan(dataset, tokenizer, data, **planned), tokenizer, data, IMAGE_ID, **arguments)
 
 
 def write(folder: Path, sp_file: Path, samples: list[tuple[str, dict[str, Any], list[tuple[str, bytes]]]]) -> ShardDataset:

@@ -30,11 +30,11 @@ from llava_mcore.data.quarantine import BadSample
 from llava_mcore.data.shards import ShardDataset, ShardWriter
 from llava_mcore.data.sources import open_blend
 from llava_mcore.data.tokenizer import Tokenizer
-from llava_mcore.settings.schema import DataSettings, VisionSettings
+from llava_mcore.geometry import Geometry
+from llava_mcore.settings.schema import DataSettings
 
 IMAGE_ID = 3
-VISION = VisionSettings(image_size=112, patch_size=28, hidden_size=32, ffn_hidden_size=32, num_layers=2, num_attention_heads=2)
-EACH = VISION.embeddings_per_image
+EACH = 16
 DATA = DataSettings(sequence_length=512, decoder="python", video_frames=4, image_mode="pad", packing_window=64)
 
 
@@ -54,12 +54,12 @@ def load(
         plans = Planner(
             open_blend(replace(data, path=str(folder)), tokenizer, 1, len(dataset)),
             data,
-            EACH,
+            Geometry(112, 4),
             seed=1,
             global_batch_size=len(dataset),
             total_samples=len(dataset),
         )
-        steps += list(StreamLoader(plans, tokenizer, data, VISION, IMAGE_ID, rank=rank, size=size, micro_batch_size=1))
+        steps += list(StreamLoader(plans, tokenizer, data, IMAGE_ID, rank=rank, size=size, micro_batch_size=1))
     account = Account()
     for step in steps:
         account.merge(step.account)

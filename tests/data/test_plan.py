@@ -26,9 +26,9 @@ from llava_mcore.data.position import Position
 from llava_mcore.data.shards import ShardDataset, ShardWriter
 from llava_mcore.data.sources import Blend, Source, open_blend
 from llava_mcore.data.tokenizer import Tokenizer
+from llava_mcore.geometry import Geometry
 from llava_mcore.settings.schema import DataSettings, SourceSettings
 
-EACH = 16
 DATA = DataSettings(sequence_length=384, packing_window=48)
 
 
@@ -36,7 +36,9 @@ def planner(dataset: ShardDataset, tokenizer: Tokenizer, data: DataSettings = DA
     arguments: dict[str, Any] = {"seed": 1, "global_batch_size": 16, "total_samples": None} | options
     if not (data.mixture or data.mixture_file):
         data = replace(data, path=str(dataset.path))
-    return Planner(open_blend(data, tokenizer, arguments["seed"], arguments["global_batch_size"]), data, EACH, **arguments)
+    return Planner(
+        open_blend(data, tokenizer, arguments["seed"], arguments["global_batch_size"]), data, Geometry(28, 4), **arguments
+    )
 
 
 def identities(step: StepPlan) -> list[tuple[int, int, int]]:
@@ -103,7 +105,7 @@ def test_waste_and_balance(dataset: ShardDataset, capacity: int, limit: float) -
     ).astype(np.int64)
     data = DataSettings(sequence_length=capacity, streams_multiple=8)
     plans = Planner(
-        made_up(lengths, dataset), data, EACH, seed=1, global_batch_size=512, total_samples=len(lengths) // 4096 * 4096
+        made_up(lengths, dataset), data, Geometry(28, 4), seed=1, global_batch_size=512, total_samples=len(lengths) // 4096 * 4096
     )
     assert plans.steps is not None
     steps = [plans.step(number) for number in range(plans.steps)]

@@ -93,6 +93,13 @@ def run_layout(checkpoint: Path, parallel: dict[str, Any], batches: list[Batch])
     }
 
 
+def run_logits(checkpoint: Path, batches: list[Batch]) -> list[torch.Tensor]:
+    """Logits of all tokens of ``batches`` in one process."""
+    model, _, groups = build(read_model_settings(checkpoint), {})
+    load_model(checkpoint, model, groups)
+    return forward_logits(model, batches, [range(len(batch.input_ids_T)) for batch in batches], groups, CPU)
+
+
 def train(settings: Settings, batches: list[Batch], steps: int) -> dict[str, Any]:
     """``steps`` optimizer steps on the same batches, from weights that are a function of the seed; the batches are dealt in turn.
 

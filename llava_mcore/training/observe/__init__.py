@@ -37,7 +37,8 @@ class StepRecord:
         slots: tokens with padding.
         seconds: wall time of the step, waiting for data included.
         samples: samples of the step.
-        pictures: pictures of the step.
+        pictures: pictures of the step, their tiles and the frames of videos counted one by one.
+        visual_tokens: those of the tokens that are image embeddings.
         bad_samples: samples skipped since the start of the run.
         waited: seconds of the step in which the model waited for data, mean over the ranks that read.
         flops: model FLOPs of the step (``FlopsCounter.step``).
@@ -55,6 +56,7 @@ class StepRecord:
     seconds: float
     samples: int
     pictures: int
+    visual_tokens: int = 0
     bad_samples: int = 0
     waited: float = 0.0
     flops: int = 0
@@ -158,6 +160,8 @@ class Observer:
             metrics["blank_pictures"] = record.blank_pictures
         metrics |= {
             "tokens": record.tokens,
+            "visual_tokens": record.visual_tokens,
+            "text_tokens": record.tokens - record.visual_tokens,
             "samples": record.samples,
             "pictures": record.pictures,
             "bad_samples": record.bad_samples,
