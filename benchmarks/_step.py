@@ -104,7 +104,7 @@ class Sample:
 
 def make_sample(model: ModelSettings, text: int, picture: bool, random: np.random.Generator) -> Sample:
     """BOS, perhaps a picture, and ``text`` random words, of which the second half is learned."""
-    placeholders = model.vision.embeddings_per_image if picture else 0
+    placeholders = model.embeddings_per_image if picture else 0
     words = random.integers(FIRST_WORD, model.language.vocab_size, text)
     ids = np.concatenate([[BOS], np.full(placeholders, IMAGE), words]).astype(np.int64)
     labels = np.full_like(ids, IGNORE)

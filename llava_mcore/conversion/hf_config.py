@@ -103,7 +103,7 @@ def from_settings(model: ModelSettings, *, bos_id: int | None, eos_id: int | Non
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
         "image_token_index": model.image_token_id,
-        "image_seq_length": vision.embeddings_per_image,
+        "image_seq_length": model.embeddings_per_image,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "vision_feature_layer": vision.select_layer,

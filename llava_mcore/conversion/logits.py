@@ -97,7 +97,7 @@ def _prompt(model: Any, picture: bool) -> tuple[np.ndarray, np.ndarray]:
     ids[ids == model.image_token_id] = 0 if model.image_token_id else 1
     size = model.vision.image_size
     pixels = random.standard_normal((int(picture), 3, size, size)).astype(np.float32)
-    slots = np.full(model.vision.embeddings_per_image * int(picture), model.image_token_id)
+    slots = np.full(model.embeddings_per_image * int(picture), model.image_token_id)
     return np.concatenate([ids[:3], slots, ids[3:]]), pixels
 
 

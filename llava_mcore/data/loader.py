@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -85,8 +86,9 @@ class StreamLoader:
         dataset: where samples come from.
         tokenizer: makes ids.
         data: template, picture mode, stream length, packing, shuffling, threads.
-        vision: size of pictures and embeddings each becomes.
+        vision: size of pictures.
         image_token_id: id written at every image embedding.
+        embeddings_at: a step, from 0, to the embeddings each of its pictures becomes.
         rank: data-parallel rank.
         size: data-parallel size.
         seed: of the order.
@@ -105,6 +107,7 @@ class StreamLoader:
         vision: VisionSettings,
         image_token_id: int,
         *,
+        embeddings_at: Callable[[int], int],
         rank: int,
         size: int,
         seed: int,
@@ -117,7 +120,7 @@ class StreamLoader:
         if not 0 <= rank < size:
             raise ValueError(f"rank {rank} is outside of 0..{size - 1}")
         self._dataset, self._tokenizer, self._data, self._vision = dataset, tokenizer, data, vision
-        self._image_token_id = image_token_id
+        self._image_token_id, self._embeddings_at = image_token_id, embeddings_at
         self._rank, self._size, self._seed = rank, size, seed
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self._batches_multiple = batches_multiple
@@ -241,14 +244,14 @@ class StreamLoader:
             last = min(last, self._total_samples)
         _, indices = sample_at(np.arange(first, last), len(self._dataset), self._seed, self._data.shuffle)
         planned, bad = [], []
-        for sample in pool.map(self._tokenize, indices.tolist()):
+        for sample in pool.map(partial(self._tokenize, each=self._embeddings_at(step)), indices.tolist()):
             if isinstance(sample, _Planned):
                 planned.append(sample)
             else:
                 bad.append(sample)
         return planned, bad
 
-    def _tokenize(self, index: int) -> _Planned | str:
+    def _tokenize(self, index: int, each: int) -> _Planned | str:
         """One sample's tokens, or why there are none."""
         pictures = self._dataset.num_pictures(index)
         try:
@@ -257,7 +260,7 @@ class StreamLoader:
                 self._tokenizer,
                 self._data.template,
                 num_images=pictures,
-                image_tokens_each=self._vision.embeddings_per_image,
+                image_tokens_each=each,
                 image_token_id=self._image_token_id,
             )
             return _Planned(index, truncate(tokens, self._data.sequence_length), pictures)

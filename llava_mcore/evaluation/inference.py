@@ -82,7 +82,7 @@ class Inference:
             self.tokenizer,
             data.template,
             num_images=dataset.num_pictures(index),
-            image_tokens_each=model.vision.embeddings_per_image,
+            image_tokens_each=model.embeddings_per_image,
             image_token_id=model.image_token_id,
         )
         return Prompt(ids, read_pixels(dataset, index, data, model.vision.image_size))

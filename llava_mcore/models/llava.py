@@ -3,7 +3,7 @@
 Shape suffixes: T tokens of a micro-batch (all its streams end to end), C those of one context-parallel rank, S those of one
 sequence-parallel rank, E image embeddings, Q tokens whose loss or logits are wanted (e and q those among this rank's tokens), N
 pictures (n those this rank encodes), P patches, H width of the decoder, V vocabulary (one tensor-parallel rank's part), R rows of
-position ids (one, or a second with sample lengths).
+position ids (one, or a second with sample lengths), F features of a picture, W their width.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from llava_mcore.models.backend import resolve_here
 from llava_mcore.models.config import DTYPES, KEEP_ALL, PORTABLE, Recompute, decoder_config, projector_config, tower_config
 from llava_mcore.models.language import LanguageModel
 from llava_mcore.models.layers import mlp_submodules, parts_of, unmark_unsplit
+from llava_mcore.models.reduction.picture import reduce_grid
 from llava_mcore.models.vision import VisionTower
 from llava_mcore.parallel.encoder import deal, gather_embeddings
 from llava_mcore.parallel.groups import Groups
@@ -129,7 +130,7 @@ class LlavaModel(MegatronModule):
                     # Transformer Engine's linear cannot gather its output.
                     MLPSubmodules(linear_fc1=ColumnParallelLinear) if affine else mlp_submodules(parts_of(into)),
                     "affine" if affine else "mlp",
-                    model.vision.hidden_size,
+                    model.feature_size,
                     tp_group=groups.tower.tp,
                 )
         self.language_model = LanguageModel(
@@ -149,35 +150,51 @@ class LlavaModel(MegatronModule):
         """Parameters of tower and projector, where this part holds them."""
         return [*self.vision_tower.parameters(), *self.projector.parameters()] if self.pre_process else []
 
-    def encode_images(self, pixel_values_NChw: Tensor) -> Tensor:
-        """Pixels [N, 3, h, w] to decoder embeddings [E, H], picture after picture in raster order; N may be 0."""
+    def encode_images(self, pixel_values_NChw: Tensor, each: int | None = None) -> Tensor:
+        """Pixels [N, 3, h, w] to decoder embeddings [E, H], picture after picture in raster order; N may be 0.
+
+        Args:
+            pixel_values_NChw: normalised pixels.
+            each: embeddings of a picture, which a schedule of merging changes (None: as the settings have it in the end).
+        """
+        each = self.settings.embeddings_per_image if each is None else each
         if self.parallel.encoder == "tensor_parallel" or self.groups.encoders.size() == 1:
-            return self._encode(pixel_values_NChw)
+            return self._encode(pixel_values_NChw, each)
         # Pictures are square and of one size here, so each costs the same.
         dealt = deal((1.0,) * len(pixel_values_NChw), self.groups.encoders.size())
-        own_eH = self._encode(pixel_values_NChw[list(dealt[self.groups.encoders.rank()])])
-        each = [self.settings.vision.embeddings_per_image] * len(pixel_values_NChw)
-        return gather_embeddings(own_eH, dealt, each, self.groups.encoders, self.groups.cp) if each else own_eH
+        own_eH = self._encode(pixel_values_NChw[list(dealt[self.groups.encoders.rank()])], each)
+        counts = [each] * len(pixel_values_NChw)
+        return gather_embeddings(own_eH, dealt, counts, self.groups.encoders, self.groups.cp) if counts else own_eH
 
-    def _encode(self, pixel_values_nChw: Tensor) -> Tensor:
+    def _encode(self, pixel_values_nChw: Tensor, each: int) -> Tensor:
         """What this rank encodes itself."""
         if pixel_values_nChw.shape[0] == 0:
             # Megatron-Core's layers cannot run on nothing. A blank picture that goes nowhere gives every parameter its (zero)
             # gradient and keeps every collective in step with the other ranks.
             size = self.settings.vision.image_size
-            return self._encode(pixel_values_nChw.new_zeros(1, 3, size, size))[:0]
+            return self._encode(pixel_values_nChw.new_zeros(1, 3, size, size), each)[:0]
         tower_trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with contextlib.nullcontext() if tower_trains else torch.no_grad():  # a frozen tower stores no activations
-            features_nPH = self.vision_tower(pixel_values_nChw)
+            features_nFW = self.vision_tower(pixel_values_nChw)
+        side, reduction = self.settings.vision.side, self.settings.projector.reduction
+        if reduction is not None and reduction.where == "before":
+            features_nFW = reduce_grid(features_nFW, side, each, reduction)
         with get_fp8_context(self.projector.config):
-            return self.projector(features_nPH.flatten(0, 1))
+            embeddings_eH = self.projector(features_nFW.flatten(0, 1))
+        if reduction is not None and reduction.where == "after":
+            embeddings_nFH = embeddings_eH.unflatten(0, features_nFW.shape[:2])
+            embeddings_eH = reduce_grid(embeddings_nFH, side, each, reduction).flatten(0, 1)
+        return embeddings_eH
 
-    def embed(self, input_ids_C: Tensor, pixel_values_NChw: Tensor, places_e: Tensor, chosen_e: Tensor | None) -> Tensor:
+    def embed(
+        self, input_ids_C: Tensor, pixel_values_NChw: Tensor, each: int | None, places_e: Tensor, chosen_e: Tensor | None
+    ) -> Tensor:
         """Token and image embeddings in their places: [S, 1, H].
 
         Args:
             input_ids_C: of this context-parallel rank.
             pixel_values_NChw: of the whole stream.
+            each: embeddings of a picture; None where there is none.
             places_e: where the image embeddings go among this rank's tokens.
             chosen_e: which of all E they are (None: all).
 
@@ -185,7 +202,7 @@ class LlavaModel(MegatronModule):
         complete on each of them.
         """
         text_C1H = self.language_model.embedding(input_ids=input_ids_C[None], position_ids=None)
-        image_EH = self.encode_images(pixel_values_NChw)
+        image_EH = self.encode_images(pixel_values_NChw, each)
         image_eH = image_EH if chosen_e is None else image_EH[chosen_e]
         hidden_C1H = text_C1H.index_copy(0, places_e, image_eH[:, None])
         if self.config.sequence_parallel:
@@ -209,7 +226,8 @@ class LlavaModel(MegatronModule):
             position_ids_T: int64, from 0 in each sample.
             sample_lengths: tokens of each sample in order, padding included; sums to T.
             pixel_values_NChw: normalised pixels; N may be 0.
-            image_index_E: int64, where in the stream each image embedding goes; on the host, like ``asked_Q``.
+            image_index_E: int64, where in the stream each image embedding goes, as many for each picture; on the host, like
+                ``asked_Q``.
             asked_Q: int64, the tokens whose loss or logits are wanted.
             labels_T: int64, already shifted; anything where nothing is asked.
 
@@ -219,6 +237,7 @@ class LlavaModel(MegatronModule):
             there is no context parallelism; with it the tokens are those of ``parallel.sequence.partition``.
         """
         device = input_ids_T.device
+        each = _embeddings_each(len(image_index_E), len(pixel_values_NChw))
         samples = PackedSamples(sample_lengths=sample_lengths)
         own_C = None
         places_e, chosen_e = image_index_E, None  # of the image embeddings: here all
@@ -241,7 +260,7 @@ class LlavaModel(MegatronModule):
             input_ids=None,
             position_ids=position_ids_RT,
             attention_mask=None,
-            decoder_input=self.embed(input_ids_T, pixel_values_NChw, places_e, chosen_e) if self.pre_process else None,
+            decoder_input=self.embed(input_ids_T, pixel_values_NChw, each, places_e, chosen_e) if self.pre_process else None,
             labels=None if labels_T is None else labels_T[None],
             packed_seq_params=samples,
         )
@@ -253,6 +272,15 @@ class LlavaModel(MegatronModule):
     def full_logits(self, logits_QV: Tensor) -> Tensor:
         """One rank's part of the logits to all of them, [Q, vocab_size]; on the last stage only."""
         return gather_from_tensor_model_parallel_region(logits_QV, group=self.groups.tp)[:, : self.settings.language.vocab_size]
+
+
+def _embeddings_each(places: int, pictures: int) -> int | None:
+    """Embeddings of each picture of a batch: the loader decides, and its placeholders say."""
+    if not pictures:
+        return None
+    if places % pictures:
+        raise ValueError(f"{places} places for the embeddings of {pictures} pictures: each needs as many")
+    return places // pictures
 
 
 def _length_of_each(sample_lengths: list[int], own_C: Tensor | None, device: torch.device) -> Tensor:

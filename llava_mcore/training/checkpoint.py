@@ -65,13 +65,14 @@ def model_state(model: ModelParts, groups: Groups) -> dict[str, dict[str, Any]]:
 def load_model(path: str | Path, model: ModelParts, groups: Groups) -> None:
     """Fills ``model`` with the weights of a checkpoint of any layout; collective.
 
-    The pictures may be of another size than the checkpoint's: the position table of the tower is then interpolated.
+    The pictures may be of another size than the checkpoint's, whose position table is then interpolated, and be merged or pooled
+    otherwise.
 
     Raises:
         CheckpointError: the folder is incomplete or belongs to another model (naming every setting that differs).
     """
     path = folder.require_checkpoint(path)
-    require_same_model(path, model.settings, but_for=("model.vision.image_size",))
+    require_same_model(path, model.settings, but_for=_not_of_weights(folder.read_model_settings(path), model.settings))
     states, positions = model_state(model, groups), folder.read_model_settings(path).vision.positions
     for state in states.values():
         if (table := state.get(POSITIONS)) is not None and table.global_shape[0] != positions:
@@ -90,13 +91,19 @@ def _put_weights(model: ModelParts, states: dict[str, dict[str, Any]]) -> None:
         part.load_state_dict(states[f"part{number}"], strict=False)  # the extra states were left out
 
 
+def _not_of_weights(theirs: ModelSettings, ours: ModelSettings) -> tuple[str, ...]:
+    """Settings that may differ between a checkpoint and the model its weights are for."""
+    names = ("model.vision.image_size", "model.vision.token_merging", "model.projector.token_merging")
+    return (*names, "model.projector.pooling") if theirs.feature_size == ours.feature_size else names
+
+
 def require_same_model(path: Path, model: ModelSettings, but_for: tuple[str, ...] = ()) -> None:
     """Refuses a checkpoint whose tensors cannot be this model's, for another reason than the settings ``but_for``."""
     theirs, ours = (_flat("model", asdict(settings)) for settings in (folder.read_model_settings(path), model))
     differing = [
-        f"{name}: {theirs[name]!r} in the checkpoint, {ours[name]!r} here"
-        for name in ours
-        if name not in (*OF_TRAINING, *but_for) and theirs[name] != ours[name]
+        f"{name}: {theirs.get(name)!r} in the checkpoint, {ours.get(name)!r} here"
+        for name in sorted(theirs.keys() | ours.keys())
+        if not f"{name}.".startswith(tuple(f"{one}." for one in (*OF_TRAINING, *but_for))) and theirs.get(name) != ours.get(name)
     ]
     if differing:
         raise CheckpointError(f"{path} is a checkpoint of another model: " + "; ".join(differing))

@@ -107,7 +107,7 @@ def _tower_parameters(model: ModelSettings, tensor: int) -> int:
 def _projector_parameters(model: ModelSettings, tensor: int) -> int:
     """Its first layer is split by columns, bias included; the second by rows, so its bias stands whole."""
     width = model.language.hidden_size
-    first = width * (model.vision.hidden_size + 1) // tensor
+    first = width * (model.feature_size + 1) // tensor
     return first if model.projector.type == "linear" else first + width * width // tensor + width
 
 
@@ -257,7 +257,7 @@ def _show_batch(page: _Page, settings: Settings, world_size: int, data_parallel:
     page.title("batch")
     page.row("samples a step", train.global_batch_size)
     page.row("stream", f"{settings.data.sequence_length} tokens, {train.micro_batch_size} a micro-batch")
-    page.row("picture", f"{settings.model.vision.embeddings_per_image} tokens")
+    page.row("picture", _picture_tokens(settings.model))
     if train.global_batch_size < data_parallel:
         page.warnings.append(
             f"train.global_batch_size {train.global_batch_size} is below the data-parallel size {data_parallel}: "
@@ -276,6 +276,15 @@ def _show_batch(page: _Page, settings: Settings, world_size: int, data_parallel:
     if dataset is not None:
         page.row("samples of the data", f"{derived.num_samples:,} ({derived.total_samples / derived.num_samples:.3g} epochs)")
     return derived
+
+
+def _picture_tokens(model: ModelSettings) -> str:
+    """What a picture costs, and what it would without merging and pooling."""
+    first, last, patches = model.embeddings_at(0), model.embeddings_per_image, model.vision.side**2
+    text = f"{last} tokens"
+    if first != last and model.projector.token_merging is not None:
+        text = f"{first} tokens at first, {last} from step {model.projector.token_merging.schedule_steps + 1} on"
+    return text if last >= patches else f"{text}, of {patches} patches"
 
 
 def _show_first_batch(page: _Page, settings: Settings, data_parallel: int, dataset: Any, derived: Derived | None) -> None:
@@ -306,6 +315,7 @@ def _show_first_batch(page: _Page, settings: Settings, data_parallel: int, datas
             data,
             settings.model.vision,
             settings.model.image_token_id,
+            embeddings_at=settings.model.embeddings_at,
             rank=0,
             size=data_parallel,
             seed=train.seed,

@@ -99,7 +99,7 @@ def table(settings: Settings) -> str:
 
 def _costs(settings: Settings) -> tuple[float, float, float]:
     """FLOPs of one stream: encoder (tower and projector), one decoder layer, head."""
-    sample = min(settings.model.vision.embeddings_per_image + TEXT_TOKENS, settings.data.sequence_length)
+    sample = min(settings.model.embeddings_per_image + TEXT_TOKENS, settings.data.sequence_length)
     samples = max(1, settings.data.sequence_length // sample)
 
     def breakdown(layers: int) -> dict[str, int]:

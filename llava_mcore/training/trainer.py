@@ -165,6 +165,7 @@ class Trainer:
             self.settings.data,
             self.settings.model.vision,
             self.settings.model.image_token_id,
+            embeddings_at=self.settings.model.embeddings_at,
             rank=self.groups.dp.rank(),
             size=self.groups.dp.size(),
             seed=train.seed,
@@ -268,8 +269,7 @@ class Trainer:
         size = self.groups.encoders.size()
         if size == 1 or self.settings.parallel.encoder != "data_parallel":
             return None
-        each = self.settings.model.vision.embeddings_per_image
-        pictures = [len(batch.image_index_E) // each for batch in step.batches]
+        pictures = [len(batch.pixel_values_NCHW) for batch in step.batches]
         # The longest share of each micro-batch is what its other ranks wait for.
         longest = sum(imbalance([1.0] * count, size) * count for count in pictures)
         return longest / sum(pictures) if sum(pictures) else None

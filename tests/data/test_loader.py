@@ -22,14 +22,15 @@ from llava_mcore.settings.schema import DataSettings, VisionSettings
 
 IMAGE_ID = 3
 VISION = VisionSettings(image_size=28, patch_size=7, hidden_size=32, ffn_hidden_size=32, num_layers=2, num_attention_heads=2)
-EACH = VISION.embeddings_per_image
+EACH = VISION.features_per_image
 DATA = DataSettings(sequence_length=384)
 
 Sample = Callable[[int, int], tuple[str, dict[str, Any], list[tuple[str, bytes]]]]
 
 
 def make(dataset: ShardDataset, tokenizer: Tokenizer, data: DataSettings = DATA, **options: Any) -> StreamLoader:
-    arguments: dict[str, Any] = {"rank": 0, "size": 1, "seed": 1, "global_batch_size": 16, "micro_batch_size": 1} | options
+    arguments: dict[str, Any] = {"rank": 0, "size": 1, "seed": 1, "global_batch_size": 16, "micro_batch_size": 1}
+    arguments |= {"embeddings_at": lambda step: EACH} | options
     return StreamLoader(dataset, tokenizer, data, VISION, IMAGE_ID, **arguments)
 
 

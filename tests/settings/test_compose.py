@@ -82,7 +82,7 @@ def test_llava_values():
     settings = compose(["experiment=finetune_llava_13b"])
     assert (settings.train.lr, settings.train.global_batch_size, settings.train.freeze) == (2e-5, 128, ["vision_tower"])
     assert settings.model.language.hidden_size == 5120 and settings.model.language.vocab_size == 32064
-    assert settings.model.vision.used_layers == 23 and settings.model.vision.embeddings_per_image == 576
+    assert settings.model.vision.used_layers == 23 and settings.model.embeddings_per_image == 576
     first = compose(["experiment=pretrain_llava_13b"])
     assert (first.train.lr, first.train.global_batch_size) == (1e-3, 256)
     assert first.train.freeze == ["vision_tower", "language_model"] and first.data.template == "plain"
