@@ -152,7 +152,7 @@ def test_everything_by_hand_without_an_experiment():
     for key in by_hand:
         value = values
         for part in key[:-1].split("."):
-            value = value[part]
+            value = None if value is None else value[part]
         if value not in (None, {}, []) and not isinstance(value, list):
             overrides.append(f"{key}{str(value).lower() if isinstance(value, bool) else value}")
     assert compose(overrides) == compose(TINY)
