@@ -25,14 +25,15 @@ class TokenMerging:
 
     ratio: float = Field(ge=0, lt=1, description="share of a picture's patches that is merged into others")
     window: int = Field(
-        2, ge=2, description="side of the squares of patches, of each of which one patch is merged into and stays"
+        default=2, ge=2, description="side of the squares of patches, of each of which one patch is merged into and stays"
     )
-    where: Literal["before", "after"] = Field("after", description="merge before or after the projector")
+    where: Literal["before", "after"] = Field(default="after", description="merge before or after the projector")
     order: Literal["raster", "blocks"] = Field(
-        "raster", description="of what is left: as in the picture; or as ToMeSD has it, what was not merged before what was"
+        default="raster",
+        description="of what is left: as in the picture; or as ToMeSD has it, what was not merged before what was",
     )
     schedule_steps: NonNegative = Field(
-        0, description="steps in which the ratio rises from 0 along a quarter of a cosine; 0: it is there from the start"
+        default=0, description="steps in which the ratio rises from 0 along a quarter of a cosine; 0: it is there from the start"
     )
 
     def kept(self, side: int, ratio: float | None = None) -> int:
@@ -72,8 +73,8 @@ class Pooling:
     kind: Literal["average", "max", "pixel_shuffle"] = Field(
         description="the squares' mean, their largest value in each channel, or their patches side by side into a wider projector"
     )
-    stride: int = Field(2, ge=2, description="side of the squares, in patches")
-    where: Literal["before", "after"] = Field("before", description="pool before or after the projector")
+    stride: int = Field(default=2, ge=2, description="side of the squares, in patches")
+    where: Literal["before", "after"] = Field(default="before", description="pool before or after the projector")
 
     def kept(self, side: int) -> int:
         """Embeddings of a picture of ``side`` x ``side`` patches."""
@@ -98,13 +99,13 @@ class TowerMerging:
 
     tokens: Positive = Field(description="tokens that a layer merges, in the mean over the layers; never more than half of them")
     inflect: float = Field(
-        0.0,
+        default=0.0,
         ge=-1,
         le=1,
         description="slope over the layers: -1 merges most in the first and none in the last, 0 evenly, 1 reversed",
     )
     proportional_attention: bool = Field(
-        True,
+        default=True,
         description="a token that stands for n patches gets n times the attention; as a tower that was trained without needs it",
     )
 

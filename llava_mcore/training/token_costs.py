@@ -2,8 +2,8 @@
 
     python tools/estimate.py tokens --config finetune_llava_7b --image 1344x1008
 
-What a decoder layer keeps of a token for its backward pass, in numbers of the type of the activations, with h width, q and g query
-and key/value heads of width d, f width of the MLP (attention keeps no scores, the gate's product is computed again):
+What a decoder layer keeps of a token for its backward pass, in numbers of the type of the activations, with h width, q and g
+query and key/value heads of width d, f width of the MLP (attention keeps no scores, the gate's product is computed again):
 
     norms and their inputs 4h,  queries, keys and values (q + 2g) d,  attention's output q d,  MLP 3f
     with train.recompute=full the layer's input alone: h
@@ -17,6 +17,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import ValidationError
 
@@ -34,27 +35,36 @@ class Mode:
     Attributes:
         name: for the table.
         overrides: the settings that choose it, on top of a model without any.
-        of: the projector's and the tower's settings, given the model.
+        of: the settings of projector and tower, given a model.
     """
 
     name: str
     overrides: str
-    of: Callable[[ModelSettings], dict[str, TokenMerging | Pooling | TowerMerging]]
+    of: Callable[[ModelSettings], Chosen]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """One of them, or none."""
+
+    merging: TokenMerging | None = None
+    pooling: Pooling | None = None
+    tower: TowerMerging | None = None
 
 
 def _merging(ratio: float) -> Mode:
     return Mode(
         f"merge {ratio:.0%} of the patches",
         f"model.projector.token_merging={{ratio: {ratio}}}",
-        lambda model: {"token_merging": TokenMerging(ratio=ratio)},
+        lambda model: Chosen(merging=TokenMerging(ratio=ratio)),
     )
 
 
-def _pooling(kind: str) -> Mode:
+def _pooling(kind: Literal["average", "max", "pixel_shuffle"]) -> Mode:
     return Mode(
         f"{kind.replace('_', ' ')} of squares",
         f"model.projector.pooling={{kind: {kind}, stride: {{stride}}}}",
-        lambda model: {"pooling": Pooling(kind=kind, stride=_stride(model))},  # type: ignore[arg-type]
+        lambda model: Chosen(pooling=Pooling(kind=kind, stride=_stride(model))),
     )
 
 
@@ -70,13 +80,13 @@ def _tower_half(model: ModelSettings) -> int:
 
 
 MODES = (
-    Mode("every patch", "", lambda model: {}),
+    Mode("every patch", "", lambda model: Chosen()),
     *(_merging(ratio) for ratio in (0.25, 0.5, 0.75)),
     *(_pooling(kind) for kind in ("average", "max", "pixel_shuffle")),
     Mode(
         "merge half inside the tower",
         "model.vision.token_merging={{tokens: {tokens}}}",
-        lambda model: {"tower": TowerMerging(tokens=_tower_half(model))},
+        lambda model: Chosen(tower=TowerMerging(tokens=_tower_half(model))),
     ),
 )
 
@@ -124,10 +134,9 @@ def costs(settings: Settings, text: int) -> tuple[list[Cost], list[str]]:
 
 
 def _with_mode(model: ModelSettings, mode: Mode) -> ModelSettings:
-    chosen = dict(mode.of(model))
-    tower = chosen.pop("tower", None)
-    projector = dataclasses.replace(model.projector, **({"token_merging": None, "pooling": None} | chosen))  # type: ignore[arg-type]
-    return dataclasses.replace(model, vision=dataclasses.replace(model.vision, token_merging=tower), projector=projector)
+    chosen = mode.of(model)
+    projector = dataclasses.replace(model.projector, token_merging=chosen.merging, pooling=chosen.pooling)
+    return dataclasses.replace(model, vision=dataclasses.replace(model.vision, token_merging=chosen.tower), projector=projector)
 
 
 def _cost(name: str, overrides: str, settings: Settings, text: int) -> Cost:
