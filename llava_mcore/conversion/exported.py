@@ -54,6 +54,7 @@ def form_of(view: CheckpointView) -> Form:
     Raises:
         ConversionError: something that the source held did not come along, or has no place in the layout.
     """
+    _require_expressible(view)
     has_config = (view.path / folder.HF / CONFIG).is_file()
     imported_as = view.source.get("kind", "llava")
     newline = sorted(set(NEWLINE) & view.unused().keys())
@@ -87,6 +88,23 @@ def form_of(view: CheckpointView) -> Form:
     infos |= kept
     infos |= {name: Info(tuple(tensor.shape), tensor.dtype, "") for name, tensor in made.items()}
     return Form(model, scratch, infos, kept, made, view)
+
+
+def _require_expressible(view: CheckpointView) -> None:
+    """Refuses what LLaVA's classes in transformers would silently leave out: they hand every patch to the decoder."""
+    model = view.settings
+    chosen = {
+        "model.projector.token_merging": model.projector.token_merging,
+        "model.projector.pooling": model.projector.pooling,
+        "model.vision.token_merging": model.vision.token_merging,
+    }
+    for name in (name for name, value in chosen.items() if value is not None):
+        every = model.vision.side**2
+        raise ConversionError(
+            f"{view.path}: {name} makes {model.embeddings_per_image} embeddings of a picture, and transformers' classes, which "
+            f"know no such thing, would make {every}. Answer with it here (llava_mcore.evaluation), or train on from this "
+            f"checkpoint (train.init_from) with {name}=null and export that one"
+        )
 
 
 def as_scratch(model: ModelSettings) -> ModelSettings:

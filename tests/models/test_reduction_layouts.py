@@ -14,7 +14,7 @@ from test_layouts import LENGTH, TOLERANCE, difference, settings
 
 from llava_mcore.settings.schema import Pooling, Settings, TokenMerging, TowerMerging
 
-STEPS = 2
+STEPS = 1
 STREAMS = [[0, 1, 3], [2, 6], [4, 5], [7], [], [6, 3]]
 
 MODES: dict[str, tuple[dict[str, Any], int]] = {  # settings, embeddings of a picture of 16 patches
