@@ -150,13 +150,22 @@ class DecoderOnly(LlavaModel):
 class Ours:
     """This project's model, optimizer and step, as the trainer puts them together."""
 
-    def __init__(self, settings: Settings, groups: Groups, hf_folder: str | None = None, text_only: bool = False) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        groups: Groups,
+        hf_folder: str | None = None,
+        text_only: bool = False,
+        start: ModelParts | None = None,
+    ) -> None:
         train, parallel = settings.train, settings.parallel
         if text_only:
             self.model = ModelParts([DecoderOnly(settings.model, parallel, train.dtype, groups, precision=settings.precision)])
         else:
             self.model = build_model(settings.model, parallel, train.dtype, groups, precision=settings.precision)
-        if hf_folder is None:
+        if start is not None:
+            self.model.load_state_dict(start.state_dict(), strict=False)  # but for the extra states of Transformer Engine
+        elif hf_folder is None:
             initialize(self.model, train.seed, sharding_metadata(groups))
         else:
             load_hf_into(model_state(self.model, groups), hf_folder)

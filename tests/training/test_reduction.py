@@ -18,6 +18,7 @@ from llava_mcore.conversion.families import ConversionError
 from llava_mcore.data.loader import StreamLoader
 from llava_mcore.data.shards import ShardDataset
 from llava_mcore.data.tokenizer import load_tokenizer
+from llava_mcore.evaluation.inference import Inference
 from llava_mcore.settings.compose import SettingsError, compose
 from llava_mcore.settings.schema import Settings
 from llava_mcore.training import checkpoint_folder
@@ -78,6 +79,27 @@ def test_weights_go_from_one_way_to_another(kept: KeptRuns, runs_material: Mater
     wider = of(runs_material, tmp_path / "wider", {"pooling": {"kind": "pixel_shuffle"}}, **one)
     ((kind, says),) = ranks(1).run(runs.refused, wider)
     assert kind == "CheckpointError" and "model.projector.pooling.kind: None in the checkpoint, 'pixel_shuffle' here" in says
+
+
+def answers(settings: Settings, checkpoint: Path) -> list[str]:
+    """On a rank: what a trained model says of the first samples."""
+    inference = Inference(settings, checkpoint)
+    dataset = ShardDataset(settings.data.path or "")
+    prompts = [inference.prompt(dataset, index) for index in range(4)]
+    each = settings.model.embeddings_per_image
+    for prompt in prompts:
+        assert (prompt.input_ids_L == settings.model.image_token_id).sum() == each * len(prompt.pixels_nCHW)
+    return inference.answer(prompts, 3)
+
+
+def test_a_trained_model_answers(runs_material: Material, tmp_path: Path) -> None:
+    """With as many embeddings as at the end of its schedule, whatever the layout."""
+    settings = of(runs_material, tmp_path / "run", SCHEDULE, lr=0.01)
+    runs.train("1", settings)
+    checkpoint = checkpoint_folder.newest(tmp_path / "run")
+    (alone,) = ranks(1).run(answers, settings, checkpoint)
+    assert len(alone) == 4
+    assert ranks(2).run(answers, runs.on("TP2", settings), checkpoint) == [alone, alone]
 
 
 @pytest.mark.parametrize(
