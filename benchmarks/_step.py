@@ -140,7 +140,7 @@ def rows(samples: Sequence[Sample]) -> dict[str, Tensor]:
 class DecoderOnly(LlavaModel):
     """The same decoder in a text-only run: pictures cost nothing, as there are none."""
 
-    def encode_images(self, pixel_values_NChw: Tensor) -> Tensor:
+    def encode_images(self, pixel_values_NChw: Tensor, each: int | None = None) -> Tensor:
         """No embeddings [0, H]; LlavaModel would encode a blank picture to keep ranks in step."""
         if len(pixel_values_NChw):
             raise ValueError(f"{len(pixel_values_NChw)} pictures in a text-only run")

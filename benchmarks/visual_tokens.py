@@ -58,7 +58,7 @@ class Plan:
     learned: tuple[int, int, int, int] = (128, 384, 3, 2)
     side: int = 12
     batch: int = 16
-    steps: tuple[int, int] = (300, 80)
+    steps: tuple[int, int] = (360, 120)
     scored: int = HELD_OUT
 
 
@@ -168,11 +168,13 @@ def score(plan: Plan, ours: Ours) -> float:
 
 
 def reduction_of(name: str) -> TokenMerging | Pooling | None:
-    """``merge 0.5`` or ``average 2``."""
-    kind, number = name.split()
+    """``merge 0.5``, ``merge 0.5 within windows``, ``average 2x2`` or ``every patch``."""
+    kind, *rest = name.split()
+    if kind == "every":
+        return None
     if kind == "average":
-        return Pooling(kind="average", stride=int(number), where="after")
-    return TokenMerging(ratio=float(number)) if float(number) else None
+        return Pooling(kind="average", stride=int(rest[0][0]), where="after")
+    return TokenMerging(ratio=float(rest[0]), scope="window" if len(rest) > 1 else "picture")
 
 
 # ---- the measures ----
@@ -239,15 +241,17 @@ def learned(quick: bool, reduction: str, peer: str, at_least: float) -> Measure:
 
 
 MEASURES = {
-    "step_quarter_merged": partial(step_speed, reduction="merge 0.25", peer="merge 0", at_least=1.0),
-    "step_half_merged": partial(step_speed, reduction="merge 0.5", peer="merge 0", at_least=1.6),
-    "step_three_quarters_merged": partial(step_speed, reduction="merge 0.75", peer="merge 0", at_least=1.0),
-    "step_against_pooling": partial(step_speed, reduction="merge 0.75", peer="average 2", at_least=0.98),
+    "step_quarter_merged": partial(step_speed, reduction="merge 0.25", peer="every patch", at_least=1.0),
+    "step_half_merged": partial(step_speed, reduction="merge 0.5", peer="every patch", at_least=1.6),
+    "step_three_quarters_merged": partial(step_speed, reduction="merge 0.75", peer="every patch", at_least=1.0),
+    "step_against_pooling": partial(step_speed, reduction="merge 0.75", peer="average 2x2", at_least=0.98),
     "merge_share": merge_share,
-    "accuracy_quarter_merged": partial(learned, reduction="merge 0.25", peer="merge 0", at_least=0.99),
-    "accuracy_half_merged": partial(learned, reduction="merge 0.5", peer="merge 0", at_least=0.99),
-    "accuracy_three_quarters_merged": partial(learned, reduction="merge 0.75", peer="merge 0", at_least=0.99),
-    "accuracy_against_pooling": partial(learned, reduction="merge 0.75", peer="average 2", at_least=1.0),
+    "accuracy_quarter_merged": partial(learned, reduction="merge 0.25", peer="every patch", at_least=0.99),
+    "accuracy_quarter_within_windows": partial(learned, reduction="merge 0.25 within windows", peer="every patch", at_least=0.99),
+    "accuracy_half_merged": partial(learned, reduction="merge 0.5", peer="every patch", at_least=0.99),
+    "accuracy_half_within_windows": partial(learned, reduction="merge 0.5 within windows", peer="every patch", at_least=0.99),
+    "accuracy_three_quarters_merged": partial(learned, reduction="merge 0.75", peer="every patch", at_least=0.99),
+    "accuracy_against_pooling": partial(learned, reduction="merge 0.75", peer="average 2x2", at_least=1.0),
 }
 
 if __name__ == "__main__":

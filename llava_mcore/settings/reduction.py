@@ -19,13 +19,18 @@ from llava_mcore.settings.rules import STRICT, NonNegative, Positive
 class TokenMerging:
     """Patches that look alike become one, at a fixed number of embeddings a picture.
 
-    Each window of the grid keeps its upper left patch. Of the others, those most like a kept one, wherever it lies, are averaged
-    into it. Patches of a last row or column that fills no window can be merged, and keep nothing.
+    Each window of the grid keeps its upper left patch. Of the others, those most like a kept one are averaged into it: one
+    anywhere in the picture, or the one of their window. Over the picture, patches of a last row or column that fills no window can
+    be merged, and keep nothing. Within windows, each loses as many patches, and the embeddings stand window by window, so that
+    each has nearly the same place in every picture.
     """
 
     ratio: float = Field(ge=0, lt=1, description="share of a picture's patches that is merged into others")
     window: int = Field(
         default=2, ge=2, description="side of the squares of patches, of each of which one patch is merged into and stays"
+    )
+    scope: Literal["picture", "window"] = Field(
+        default="picture", description="patches are merged over the whole picture, or as many in each window within it"
     )
     where: Literal["before", "after"] = Field(default="after", description="merge before or after the projector")
     order: Literal["raster", "blocks"] = Field(
@@ -41,8 +46,9 @@ class TokenMerging:
 
         The ratio is taken as written, in decimal, so that 0.29 of 100 patches are 29 and not 28.
         """
-        patches = side**2
-        return patches - int(patches * Fraction(str(self.ratio if ratio is None else ratio)))
+        share = Fraction(str(self.ratio if ratio is None else ratio))
+        windows, patches = ((side // self.window) ** 2, self.window**2) if self.scope == "window" else (1, side**2)
+        return windows * (patches - int(patches * share))
 
     def ratio_at(self, step: int) -> float:
         """The ratio of a step, counted from 0: r (1 - cos(pi/2 step/steps)), then r."""
@@ -57,6 +63,8 @@ class TokenMerging:
             return [
                 f"token_merging.window {self.window} is larger than the picture's {side} x {side} patches; use at most {side}"
             ]
+        if self.scope == "window":
+            return self._window_problems(side)
         if self.kept(side) < windows:
             most = math.floor(100 * (1 - windows / patches)) / 100
             return [
@@ -64,6 +72,26 @@ class TokenMerging:
                 f"windows of {self.window} x {self.window} keeps one; use at most {most:g}, or a larger token_merging.window"
             ]
         return []
+
+    def _window_problems(self, side: int) -> list[str]:
+        found, patches = [], self.window**2
+        if side % self.window:
+            fitting = ", ".join(str(n) for n in range(2, side + 1) if side % n == 0)
+            found.append(
+                f"token_merging.window {self.window} does not divide the picture's {side} x {side} patches; use one of {fitting} "
+                f"or token_merging.scope=picture"
+            )
+        if (patches * Fraction(str(self.ratio))).denominator != 1:
+            near = max(1, min(patches - 1, round(patches * self.ratio))) / patches
+            found.append(
+                f"token_merging.ratio {self.ratio:g} of the {patches} patches of a window is no whole number; use {near:g}, "
+                f"or token_merging.scope=picture"
+            )
+        if self.order == "blocks":
+            found.append(
+                "token_merging.order=blocks needs token_merging.scope=picture; within windows the order is that of windows"
+            )
+        return found
 
 
 @dataclass(config=STRICT, kw_only=True)

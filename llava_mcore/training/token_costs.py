@@ -17,7 +17,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 from pydantic import ValidationError
 
@@ -28,44 +28,24 @@ NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
 MIB = 2**20
 
 
-@dataclass(frozen=True)
-class Mode:
-    """A way to make fewer embeddings of a picture.
+class Chosen(NamedTuple):
+    """A way to make fewer embeddings of a picture, or none."""
 
-    Attributes:
-        name: for the table.
-        overrides: the settings that choose it, on top of a model without any.
-        of: the settings of projector and tower, given a model.
-    """
-
-    name: str
-    overrides: str
-    of: Callable[[ModelSettings], Chosen]
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """One of them, or none."""
-
-    merging: TokenMerging | None = None
+    token_merging: TokenMerging | None = None
     pooling: Pooling | None = None
     tower: TowerMerging | None = None
 
-
-def _merging(ratio: float) -> Mode:
-    return Mode(
-        f"merge {ratio:.0%} of the patches",
-        f"model.projector.token_merging={{ratio: {ratio}}}",
-        lambda model: Chosen(merging=TokenMerging(ratio=ratio)),
-    )
+    def overrides(self) -> str:
+        """The settings that choose it, on top of a model without any."""
+        names = ("model.projector.token_merging", "model.projector.pooling", "model.vision.token_merging")
+        return " ".join(f"{name}={_changed(value)}" for name, value in zip(names, self, strict=True) if value is not None)
 
 
-def _pooling(kind: Literal["average", "max", "pixel_shuffle"]) -> Mode:
-    return Mode(
-        f"{kind.replace('_', ' ')} of squares",
-        f"model.projector.pooling={{kind: {kind}, stride: {{stride}}}}",
-        lambda model: Chosen(pooling=Pooling(kind=kind, stride=_stride(model))),
-    )
+def _changed(section: TokenMerging | Pooling | TowerMerging) -> str:
+    """What is not as by default, as it is written in an override."""
+    fields = [(field.name, getattr(section, field.name)) for field in dataclasses.fields(section)]
+    defaults = type(section).__pydantic_fields__  # type: ignore[union-attr]
+    return "{" + ", ".join(f"{name}: {value}" for name, value in fields if value != defaults[name].default) + "}"
 
 
 def _stride(model: ModelSettings) -> int:
@@ -79,16 +59,17 @@ def _tower_half(model: ModelSettings) -> int:
     return max(1, model.vision.positions // 2 // model.vision.used_layers)
 
 
-MODES = (
-    Mode("every patch", "", lambda model: Chosen()),
-    *(_merging(ratio) for ratio in (0.25, 0.5, 0.75)),
-    *(_pooling(kind) for kind in ("average", "max", "pixel_shuffle")),
-    Mode(
-        "merge half inside the tower",
-        "model.vision.token_merging={{tokens: {tokens}}}",
-        lambda model: Chosen(tower=TowerMerging(tokens=_tower_half(model))),
-    ),
-)
+MODES: dict[str, Callable[[ModelSettings], Chosen]] = {
+    "every patch": lambda model: Chosen(),
+    "merge 25% of the patches": lambda model: Chosen(TokenMerging(ratio=0.25)),
+    "merge 50% of the patches": lambda model: Chosen(TokenMerging(ratio=0.5)),
+    "merge 75% of the patches": lambda model: Chosen(TokenMerging(ratio=0.75)),
+    "merge 50% of each window": lambda model: Chosen(TokenMerging(ratio=0.5, scope="window", window=_stride(model))),
+    "average of squares": lambda model: Chosen(pooling=Pooling(kind="average", stride=_stride(model))),
+    "largest of squares": lambda model: Chosen(pooling=Pooling(kind="max", stride=_stride(model))),
+    "pixel shuffle of squares": lambda model: Chosen(pooling=Pooling(kind="pixel_shuffle", stride=_stride(model))),
+    "merge half inside the tower": lambda model: Chosen(tower=TowerMerging(tokens=_tower_half(model))),
+}
 
 
 @dataclass(frozen=True)
@@ -118,24 +99,22 @@ def costs(settings: Settings, text: int) -> tuple[list[Cost], list[str]]:
         text: tokens of the sample besides the picture.
     """
     found, refused = [_cost("as set", "", settings, text)], []
-    for mode in MODES:
+    for name, of in MODES.items():
         try:
-            model = _with_mode(settings.model, mode)
+            chosen = of(settings.model)
+            model = _with(settings.model, chosen)
         except ValidationError as error:
-            refused.append(
-                f"{mode.name}: {'; '.join(problem['msg'].removeprefix('Value error, ') for problem in error.errors())}"
-            )
+            reasons = (problem["msg"].removeprefix("Value error, ") for problem in error.errors())
+            refused.append(f"{name}: {'; '.join(reasons)}")
             continue
         other = copy.copy(settings)  # the stream need not have room for every mode
         other.model = model
-        filled = mode.overrides.replace("{stride}", str(_stride(model))).replace("{tokens}", str(_tower_half(model)))
-        found.append(_cost(mode.name, filled.replace("{{", "{").replace("}}", "}"), other, text))
+        found.append(_cost(name, chosen.overrides(), other, text))
     return found, refused
 
 
-def _with_mode(model: ModelSettings, mode: Mode) -> ModelSettings:
-    chosen = mode.of(model)
-    projector = dataclasses.replace(model.projector, token_merging=chosen.merging, pooling=chosen.pooling)
+def _with(model: ModelSettings, chosen: Chosen) -> ModelSettings:
+    projector = dataclasses.replace(model.projector, token_merging=chosen.token_merging, pooling=chosen.pooling)
     return dataclasses.replace(model, vision=dataclasses.replace(model.vision, token_merging=chosen.tower), projector=projector)
 
 

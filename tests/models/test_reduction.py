@@ -89,10 +89,26 @@ def test_equal_patches_are_merged_by_place() -> None:
     assert slot.tolist() == [[0, 0, 1, 0, 0, 0, 0, 0, 2, 0, 3, 0, 4, 5, 6, 7]] * 2
 
 
-@pytest.mark.parametrize("order", ["raster", "blocks"])
-def test_gradients_of_merging(order: str) -> None:
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.75])
+def test_within_windows_each_is_merged_alone(ratio: float) -> None:
+    tokens = features(6)
+    merging = TokenMerging(ratio=ratio, scope="window")
+    kept = merging.kept(6)
+    assert kept == 36 * (1 - ratio)
+    merged = merge_grid(tokens, 6, kept, merging)
+    for picture in range(len(tokens)):
+        for number, places in enumerate(torch.arange(36).reshape(3, 2, 3, 2).transpose(1, 2).reshape(9, 4)):
+            _, expected, _ = by_hand(tokens[picture, places].numpy(), np.ones(4), [1, 2, 3], [0], round(4 * ratio))
+            each = kept // 9
+            assert np.allclose(merged[picture, number * each : (number + 1) * each], expected, atol=1e-6)
+    if ratio == 0.75:
+        assert torch.allclose(merged, pool_grid(tokens, 6, Pooling(kind="average")), atol=1e-6)
+
+
+@pytest.mark.parametrize("how", [{}, {"order": "blocks"}, {"scope": "window"}])
+def test_gradients_of_merging(how: dict[str, str]) -> None:
     tokens = features(4, pictures=2, width=3).requires_grad_()
-    merging = TokenMerging(ratio=0.5, order=order)
+    merging = TokenMerging(ratio=0.5, **how)
     assert torch.autograd.gradcheck(lambda x: merge_grid(x, 4, 8, merging), (tokens,))
 
 

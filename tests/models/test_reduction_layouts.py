@@ -20,6 +20,7 @@ STREAMS = [[0, 1, 3], [2, 6], [4, 5], [7], [], [6, 3]]
 MODES: dict[str, tuple[dict[str, Any], int]] = {  # settings, embeddings of a picture of 16 patches
     "merged after": ({"token_merging": TokenMerging(ratio=0.5)}, 8),
     "merged before, blocks": ({"token_merging": TokenMerging(ratio=0.4, where="before", order="blocks")}, 10),
+    "merged within windows": ({"token_merging": TokenMerging(ratio=0.5, scope="window")}, 8),
     "merged in the tower": ({"tower": TowerMerging(tokens=3)}, 10),
     "averaged after": ({"pooling": Pooling(kind="average", where="after")}, 4),
     "pixel shuffle": ({"pooling": Pooling(kind="pixel_shuffle")}, 4),

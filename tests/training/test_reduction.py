@@ -136,6 +136,18 @@ def test_export_says_what_transformers_lacks(
             ["model.projector.pooling={kind: max, stride: 3}"],
             "stride 3 does not divide the picture's 4 x 4 patches; use one of 2, 4",
         ),
+        (
+            ["model.projector.token_merging={ratio: 0.3, scope: window}"],
+            "ratio 0.3 of the 4 patches of a window is no whole number; use 0.25",
+        ),
+        (
+            ["model.projector.token_merging={ratio: 0.5, scope: window, order: blocks}"],
+            "order=blocks needs token_merging.scope=picture",
+        ),
+        (
+            ["model.vision.image_size=35", "model.projector.token_merging={ratio: 0.5, scope: window}"],
+            "window 2 does not divide the picture's 5 x 5 patches; use one of 5 or token_merging.scope=picture",
+        ),
         (["model.projector.pooling={kind: pixel_shuffle, where: after}"], "set pooling.where=before"),
         (["model.projector.pooling={kind: max}", "model.projector.token_merging={ratio: 0.5}"], "exclude each other"),
         (["model.projector.pooling={kind: max}", "model.vision.select_feature=cls_patch"], "set vision.select_feature=patch"),
