@@ -20,9 +20,9 @@ class TokenMerging:
     """Patches that look alike become one, at a fixed number of embeddings a picture.
 
     Each window of the grid keeps its upper left patch. Of the others, those most like a kept one are averaged into it: one
-    anywhere in the picture, or the one of their window. Over the picture, patches of a last row or column that fills no window can
-    be merged, and keep nothing. Within windows, each loses as many patches, and the embeddings stand window by window, so that
-    each has nearly the same place in every picture.
+    anywhere in the picture, or the one of their window. Over the picture, patches of a last row or column that fills no window
+    can be merged, and keep nothing. Within windows, each loses as many patches (the ratio's, rounded down), and the embeddings
+    stand window by window, so that each has nearly the same place in every picture.
     """
 
     ratio: float = Field(ge=0, lt=1, description="share of a picture's patches that is merged into others")
@@ -81,11 +81,10 @@ class TokenMerging:
                 f"token_merging.window {self.window} does not divide the picture's {side} x {side} patches; use one of {fitting} "
                 f"or token_merging.scope=picture"
             )
-        if (patches * Fraction(str(self.ratio))).denominator != 1:
-            near = max(1, min(patches - 1, round(patches * self.ratio))) / patches
+        if self.ratio and not int(patches * Fraction(str(self.ratio))):
+            least = math.ceil(100 / patches) / 100
             found.append(
-                f"token_merging.ratio {self.ratio:g} of the {patches} patches of a window is no whole number; use {near:g}, "
-                f"or token_merging.scope=picture"
+                f"token_merging.ratio {self.ratio:g} merges none of the {patches} patches of a window; use at least {least:g}"
             )
         if self.order == "blocks":
             found.append(

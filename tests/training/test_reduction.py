@@ -20,7 +20,7 @@ from llava_mcore.data.shards import ShardDataset
 from llava_mcore.data.tokenizer import load_tokenizer
 from llava_mcore.evaluation.inference import Inference
 from llava_mcore.settings.compose import SettingsError, compose
-from llava_mcore.settings.schema import Settings
+from llava_mcore.settings.schema import Settings, TokenMerging
 from llava_mcore.training import checkpoint_folder
 from llava_mcore.training.observe.flops import FlopsCounter
 from llava_mcore.training.token_costs import costs, layer_activations
@@ -137,8 +137,8 @@ def test_export_says_what_transformers_lacks(
             "stride 3 does not divide the picture's 4 x 4 patches; use one of 2, 4",
         ),
         (
-            ["model.projector.token_merging={ratio: 0.3, scope: window}"],
-            "ratio 0.3 of the 4 patches of a window is no whole number; use 0.25",
+            ["model.projector.token_merging={ratio: 0.2, scope: window}"],
+            "ratio 0.2 merges none of the 4 patches of a window; use at least 0.25",
         ),
         (
             ["model.projector.token_merging={ratio: 0.5, scope: window, order: blocks}"],
@@ -178,6 +178,7 @@ def test_embeddings_of_a_picture(side: int, ratio: float, window: int, each: int
     merging = f"model.projector.token_merging={{ratio: {ratio}, window: {window}}}"
     model = compose(["experiment=finetune_llava_7b", f"model.vision.image_size={14 * side}", merging]).model
     assert model.embeddings_per_image == model.embeddings_at(0) == each
+    assert TokenMerging(ratio=0.45, window=3, scope="window").kept(27) == 81 * 5
 
 
 def test_the_schedule_is_a_quarter_of_a_cosine() -> None:
