@@ -46,6 +46,7 @@ setup(
             "matplotlib>=3.10",
             "pytest>=8",
             "hypothesis>=6.100",
+            "tomesd==0.1.3",
             "ruff>=0.9",
             "mypy>=1.14",
             "types-PyYAML",

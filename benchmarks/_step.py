@@ -105,7 +105,7 @@ class Sample:
 
 def make_sample(model: ModelSettings, text: int, picture: bool, random: np.random.Generator) -> Sample:
     """BOS, perhaps a picture, and ``text`` random words, of which the second half is learned."""
-    placeholders = model.vision.embeddings_per_image if picture else 0
+    placeholders = model.embeddings_per_image if picture else 0
     words = random.integers(FIRST_WORD, model.language.vocab_size, text)
     ids = np.concatenate([[BOS], np.full(placeholders, IMAGE), words]).astype(np.int64)
     labels = np.full_like(ids, IGNORE)
@@ -141,7 +141,13 @@ def rows(samples: Sequence[Sample]) -> dict[str, Tensor]:
 class DecoderOnly(LlavaModel):
     """The same decoder in a text-only run: pictures cost nothing, as there are none."""
 
-    def encode_images(self, pixel_values_NChw: Tensor, shapes: Sequence[Shape] = (), chosen_e: Tensor | None = None) -> Tensor:
+    def encode_images(
+        self,
+        pixel_values_NChw: Tensor,
+        shapes: Sequence[Shape] = (),
+        chosen_e: Tensor | None = None,
+        each: int | None = None,
+    ) -> Tensor:
         """No embeddings [0, H]; LlavaModel would encode a blank picture to keep ranks in step."""
         if len(pixel_values_NChw):
             raise ValueError(f"{len(pixel_values_NChw)} pictures in a text-only run")
@@ -151,13 +157,22 @@ class DecoderOnly(LlavaModel):
 class Ours:
     """This project's model, optimizer and step, as the trainer puts them together."""
 
-    def __init__(self, settings: Settings, groups: Groups, hf_folder: str | None = None, text_only: bool = False) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        groups: Groups,
+        hf_folder: str | None = None,
+        text_only: bool = False,
+        start: ModelParts | None = None,
+    ) -> None:
         train, parallel = settings.train, settings.parallel
         if text_only:
             self.model = ModelParts([DecoderOnly(settings.model, parallel, train.dtype, groups, precision=settings.precision)])
         else:
             self.model = build_model(settings.model, parallel, train.dtype, groups, precision=settings.precision)
-        if hf_folder is None:
+        if start is not None:
+            self.model.load_state_dict(start.state_dict(), strict=False)  # but for the extra states of Transformer Engine
+        elif hf_folder is None:
             initialize(self.model, train.seed, sharding_metadata(groups))
         else:
             load_hf_into(model_state(self.model, groups), hf_folder)

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -144,7 +144,7 @@ def full_step(quick: bool) -> Measure:
 
 def mix_samples(model: ModelSettings, count: int, random: np.random.Generator) -> list[Sample]:
     """Samples with lengths spread like LLaVA-mix665k, scaled to the model's pictures."""
-    each = model.vision.embeddings_per_image
+    each = model.embeddings_per_image
     scale = each / PICTURE_TOKENS
     samples = []
     for _ in range(count):
@@ -164,7 +164,7 @@ def mixed_lengths(quick: bool) -> Measure:
     ours, peer = pair(settings, one_process())
     random = np.random.default_rng(1)
     rounds = [mix_samples(model, plan.mix_samples, random) for _ in range(plan.rounds)]
-    capacity = round(STREAM * model.vision.embeddings_per_image / PICTURE_TOKENS)
+    capacity = round(STREAM * model.embeddings_per_image / PICTURE_TOKENS)
 
     def our_rate(number: int) -> float:
         batches = packed(rounds[number], capacity, size)
@@ -183,7 +183,7 @@ def mixed_lengths(quick: bool) -> Measure:
         f"cut at {LONGEST_SAMPLE}"
     )
     note = (
-        f"lengths like LLaVA-mix665k x {model.vision.embeddings_per_image}/{PICTURE_TOKENS}: {spread}; steps of "
+        f"lengths like LLaVA-mix665k x {model.embeddings_per_image}/{PICTURE_TOKENS}: {spread}; steps of "
         f"{plan.mix_samples} samples; streams of {STREAM} {np.mean([own for own, _ in filled]):.0%} full, the peer's batches of "
         f"{ROWS} rows {np.mean([other for _, other in filled]):.0%}; decoder {plan.mix_decoder}"
     )
@@ -214,7 +214,7 @@ def over_text_only(quick: bool) -> Measure:
         tokenizer_folder = make_tokenizer(Path(folder) / "tokenizer", model.language.vocab_size)
         tokenizer = load_tokenizer(tokenizer_folder)
         for pictures in (True, False):
-            each = model.vision.embeddings_per_image
+            each = model.embeddings_per_image
             shards = make_shards(Path(folder) / str(pictures), words, pictures, model.language.vocab_size, each, seed=3)
             side = settings if pictures else _text_only(settings)
             build_lengths(shards, tokenizer_folder, side.data.template)
@@ -300,6 +300,7 @@ def _encode_on_rank(rank: int, size: int, port: int, settings: Settings, plan: P
     freeze(parts, settings.train.freeze, groups)
     (model,) = parts
     projector = list(model.projector.parameters())
+    every_rank = partial(model._encode, each=settings.model.embeddings_per_image)
     size_px = settings.model.vision.image_size
     pixels = torch.randn(plan.pictures, 3, size_px, size_px, generator=torch.Generator().manual_seed(5))
 
@@ -319,7 +320,7 @@ def _encode_on_rank(rank: int, size: int, port: int, settings: Settings, plan: P
     found: dict[bool, list[torch.Tensor]] = {True: [], False: []}
     for number in range(plan.rounds + 1):
         for dealt in (True, False) if number % 2 else (False, True):
-            taken = measure(model.encode_images if dealt else model._encode, dealt)
+            taken = measure(model.encode_images if dealt else every_rank, dealt)
             if number:
                 found[dealt].append(taken)
     if rank == 0:

@@ -91,6 +91,7 @@ class Geometry:
         class_token: whether the class token's feature is kept, before the patches'.
         anyres: how pictures are cut; None: they are one tile.
         video: how frames are pooled and told apart.
+        kept: features of a tile where it is merged or pooled as a whole; None: its patches, and the class token's.
     """
 
     image_size: int
@@ -98,6 +99,7 @@ class Geometry:
     class_token: bool = False
     anyres: Anyres | None = None
     video: Frames = Frames()
+    kept: int | None = None
 
     @property
     def plain(self) -> bool:
@@ -153,6 +155,8 @@ class Geometry:
 
     def rows(self, stride: int) -> int:
         """Rows of features of one tile, pooled by ``stride``."""
+        if self.kept is not None:
+            return self.kept
         return self.pooled_side(stride) ** 2 + self.class_token
 
     def pooled_side(self, stride: int) -> int:

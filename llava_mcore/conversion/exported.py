@@ -56,6 +56,7 @@ def form_of(view: CheckpointView) -> Form:
     """
     if view.asked == "decoder":
         return Form(view.settings, True, _built(view), {}, {}, view)
+    _require_expressible(view)
     has_config = (view.path / folder.HF / CONFIG).is_file()
     imported_as = view.source.get("kind", "llava")
     newline = sorted(set(NEWLINE) & view.unused().keys())
@@ -94,6 +95,23 @@ def _built(view: CheckpointView) -> dict[str, Info]:
             if view.tied_head and name == view.embedding:
                 infos[view.tied_head] = infos[name]
     return infos
+
+
+def _require_expressible(view: CheckpointView) -> None:
+    """Refuses what LLaVA's classes in transformers would silently leave out: they hand every patch to the decoder."""
+    model = view.settings
+    chosen = {
+        "model.projector.token_merging": model.projector.token_merging,
+        "model.projector.pooling": model.projector.pooling,
+        "model.vision.token_merging": model.vision.token_merging,
+    }
+    for name in (name for name, value in chosen.items() if value is not None):
+        every = model.vision.side**2
+        raise ConversionError(
+            f"{view.path}: {name} makes {model.embeddings_per_image} embeddings of a picture, and transformers' classes, which "
+            f"know no such thing, would make {every}. Answer with it here (llava_mcore.evaluation), or train on from this "
+            f"checkpoint (train.init_from) with {name}=null and export that one"
+        )
 
 
 def as_scratch(model: ModelSettings) -> ModelSettings:

@@ -117,7 +117,7 @@ def dimensions(model: ModelSettings) -> dict[str, dict[str, int]]:
         "patch": vision.patch_size,
         "positions": vision.positions,
     }
-    projector = {"hidden": language.hidden_size, "vision": vision.hidden_size}
+    projector = {"hidden": language.hidden_size, "vision": model.feature_size}
     return {"vision_tower": tower, "projector": projector, "language_model": decoder, "head": decoder, "learned_tokens": decoder}
 
 

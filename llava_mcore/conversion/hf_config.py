@@ -116,7 +116,7 @@ def from_settings(model: ModelSettings, *, bos_id: int | None, eos_id: int | Non
         "model_type": kind,
         **visual.entries(model, kind),
         "image_token_index": model.image_token_id,
-        "image_seq_length": vision.embeddings_per_image,
+        "image_seq_length": model.embeddings_per_image,
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "vision_feature_layer": vision.select_layer,

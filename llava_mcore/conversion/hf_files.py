@@ -124,7 +124,7 @@ def _write_processor(view: CheckpointView, partial: Path) -> None:
         "num_additional_image_tokens": int(model.vision.family == "clip"),  # the class token
     }
     if kind == "llava_onevision":
-        processor |= {"num_image_tokens": model.vision.embeddings_per_image, **visual.entries(model, kind)}
+        processor |= {"num_image_tokens": model.embeddings_per_image, **visual.entries(model, kind)}
         processor.pop("image_grid_pinpoints")
     _write_json(partial / PROCESSOR, processor)
 

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -199,23 +199,24 @@ class StreamLoader:
         costs = [self._cost.of(sample.length, sample.pictures) for sample in plan.samples]
         ranks = deal(plan.streams, costs, self._size, self._micro_batch_size * self._batches_multiple)
         mine = [number for stream in ranks[self._rank] for number in stream]
-        return _Work(plan, ranks, {number: readers.submit(self._read, plan.samples[number]) for number in mine})
+        reading = replace(self._reading, geometry=plan.geometry)
+        return _Work(plan, ranks, {number: readers.submit(self._read, plan.samples[number], reading) for number in mine})
 
-    def _read(self, sample: PlannedSample) -> _Raw | SampleError:
+    def _read(self, sample: PlannedSample, reading: Reading) -> _Raw | SampleError:
         """Reads and tokenises a sample."""
         dataset = self.planner.blend.sources[sample.source].dataset
         try:
             record = dataset.read_record(sample.index)
-            requests = self._reading.requests(dataset, sample.index, self.planner.seed, sample.epoch)
-            tokens = truncate(self._reading.encode(dataset, sample.index, record), self._data.sequence_length)
+            requests = reading.requests(dataset, sample.index, self.planner.seed, sample.epoch)
+            tokens = truncate(reading.encode(dataset, sample.index, record), self._data.sequence_length)
         except SampleError as error:
             return error
         if len(tokens.input_ids) != sample.length:
             raise DatasetError(
                 f"{dataset.path}, {dataset.name(sample.index)} has {len(tokens.input_ids)} tokens where the index says "
-                f"{sample.length}; build it anew: `{command_of(dataset.path, 'TOKENIZER', self._reading.how)} --force`"
+                f"{sample.length}; build it anew: `{command_of(dataset.path, 'TOKENIZER', reading.how)} --force`"
             )
-        return _Raw(tokens, requests, self._reading.shapes(dataset, sample.index, self.planner.seed, sample.epoch))
+        return _Raw(tokens, requests, reading.shapes(dataset, sample.index, self.planner.seed, sample.epoch))
 
     def _build(self, work: _Work, decoder: Decoder) -> Step:
         """This rank's batches of a step."""

@@ -7,6 +7,7 @@ streams, in a keyed order, are cut evenly into the window's steps. Nothing here 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,6 +41,7 @@ class StepPlan:
     samples: list[PlannedSample]
     streams: list[Stream]  # numbers of samples
     left_out: list[tuple[PlannedSample, str]]  # what cannot be trained on, and why; in a window's first step
+    geometry: Geometry  # what its pictures and clips become
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,11 @@ class Planner:
     Args:
         blend: the order.
         data: stream length and packing.
-        geometry: what pictures and clips become.
+        geometry: what pictures and clips become, when a schedule has run its course.
         seed: of the order of streams.
         global_batch_size: samples of a step; on average, where a window has several steps.
         total_samples: samples of the whole run; the last step may be short. None: endless.
+        schedule: a step, from 0, to what they become in it; a window has that of its first step. None: always ``geometry``.
     """
 
     def __init__(
@@ -70,10 +73,11 @@ class Planner:
         seed: int,
         global_batch_size: int,
         total_samples: int | None = None,
+        schedule: Callable[[int], Geometry] | None = None,
     ) -> None:
         self.blend = blend
         self._data, self.geometry, self.seed = data, geometry, seed
-        self._batch, self._total = global_batch_size, total_samples
+        self._batch, self._total, self._schedule = global_batch_size, total_samples, schedule
         self.window_steps = max(1, data.packing_window // global_batch_size) if data.packing else 1
         """Steps of a window."""
         self._frames = frames_of(data)
@@ -99,7 +103,12 @@ class Planner:
             samples=[planned.samples[sample] for sample in members],
             streams=[[renumbered[sample] for sample in stream] for stream in streams],
             left_out=planned.left_out if place == 0 else [],
+            geometry=self.geometry_at(number),
         )
+
+    def geometry_at(self, step: int) -> Geometry:
+        """What pictures and clips become in a step: the same in all of its window, whose streams are packed together."""
+        return self.geometry if self._schedule is None else self._schedule(step // self.window_steps * self.window_steps)
 
     def describe(self) -> str:
         """What is read and how it is packed, for a log."""
@@ -128,14 +137,14 @@ class Planner:
     def _plan(self, window: int) -> _Window:
         first, last = self._positions(window)
         drawn = self.blend.at(first, last)
-        lengths, tiles, visual, left_out = self._measure(drawn, first)
+        lengths, tiles, visual, left_out = self._measure(drawn, first, self.geometry_at(window * self.window_steps))
         columns = (drawn.source, drawn.epoch, drawn.index, lengths, tiles, visual)
         samples = [PlannedSample(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
         used = [number for number in range(len(samples)) if number not in left_out]
         steps = -(-(last - first) // self._batch)
         return _Window(samples, self._streams(window, samples, used, steps), [(samples[n], why) for n, why in left_out.items()])
 
-    def _measure(self, drawn: Drawn, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, str]]:
+    def _measure(self, drawn: Drawn, first: int, geometry: Geometry) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[int, str]]:
         """Tokens, tiles and image embeddings of each sample, and which are left out."""
         lengths, tiles, embeddings = np.zeros((3, len(drawn.index)), dtype=np.int64)
         left_out: dict[int, str] = {}
@@ -146,7 +155,7 @@ class Planner:
             here = np.flatnonzero(drawn.source == number)
             indices = drawn.index[here]
             text, head = (column[indices].astype(np.int64) for column in (source.lengths.text, source.lengths.head))
-            tiles[here], visual = count_visual(source.dataset, indices, self.geometry, self._frames)
+            tiles[here], visual = count_visual(source.dataset, indices, geometry, self._frames)
             embeddings[here] = visual
             lengths[here] = np.minimum(text + visual, capacity)
             left_out |= {n: source.lengths.rejected[int(drawn.index[n])] for n in here[text == 0].tolist()}

@@ -49,7 +49,7 @@ class Position:
             "global_batch_size": self._global_batch_size,
             "sequence_length": data.sequence_length,
             "packing": [data.packing, data.packing_window, data.streams_multiple],
-            "pictures": [_short(self._planner.geometry), data.video_frames, data.video_frames_by, data.video_fps],
+            "pictures": [_short(self._planner.geometry_at(step)), data.video_frames, data.video_frames_by, data.video_fps],
             "quarantine": self._planner.quarantine.digest(self._planner.window_start(step)),
         }
 

@@ -243,8 +243,8 @@ def _fp8_sizes(settings: Settings, precision: PrecisionSettings) -> list[tuple[s
     )
     add(
         "projector",
-        ("embeddings of a picture", vision.embeddings_per_image),
-        ("model.vision.hidden_size", vision.hidden_size),
+        ("embeddings of a picture", settings.model.projected_per_image),
+        ("the width of the projector's input", settings.model.feature_size),
         ("model.language.hidden_size / its tensor-parallel ranks", language.hidden_size // inner),
     )
     return sizes

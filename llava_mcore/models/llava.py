@@ -35,6 +35,7 @@ from llava_mcore.models.config import DTYPES, KEEP_ALL, PORTABLE, Recompute, dec
 from llava_mcore.models.embedding_order import arrange
 from llava_mcore.models.language import LanguageModel
 from llava_mcore.models.layers import mlp_submodules, parts_of, unmark_unsplit
+from llava_mcore.models.reduction.picture import reduce_grid
 from llava_mcore.models.vision import VisionTower
 from llava_mcore.parallel.encoder import deal, gather_embeddings
 from llava_mcore.parallel.groups import Groups
@@ -138,7 +139,7 @@ class LlavaModel(MegatronModule):
                     # Transformer Engine's linear cannot gather its output.
                     MLPSubmodules(linear_fc1=ColumnParallelLinear) if affine else mlp_submodules(parts_of(into)),
                     "affine" if affine else "mlp",
-                    model.vision.hidden_size,
+                    model.feature_size,
                     tp_group=groups.tower.tp,
                 )
             self.learned_tokens = LearnedTokens(model.geometry, model.language.hidden_size, DTYPES[dtype])
@@ -160,49 +161,68 @@ class LlavaModel(MegatronModule):
         """Parameters of tower and projector, where this part holds them."""
         return [*self.vision_tower.parameters(), *self.projector.parameters()] if self.pre_process else []
 
-    def encode_images(self, pixel_values_NChw: Tensor, shapes: Sequence[Shape] = (), chosen_e: Tensor | None = None) -> Tensor:
+    def encode_images(
+        self,
+        pixel_values_NChw: Tensor,
+        shapes: Sequence[Shape] = (),
+        chosen_e: Tensor | None = None,
+        each: int | None = None,
+    ) -> Tensor:
         """Decoder embeddings [E, H] of pictures and clips, one after another.
 
         Args:
             pixel_values_NChw: their tiles; N may be 0.
             shapes: of the media; none given: every tile is a picture.
             chosen_e: on the host, the embeddings that are wanted; None: all.
+            each: embeddings of a tile, where all become as many, which a schedule of merging changes (None: as the settings have
+                it in the end).
         """
         if self.geometry.plain:
-            image_EH = self._encode_dealt(pixel_values_NChw, None, None)
+            each = self.settings.embeddings_per_image if each is None else each
+            image_EH = self._encode_dealt(pixel_values_NChw, None, [each] * len(pixel_values_NChw), each)
             return image_EH if chosen_e is None else image_EH[chosen_e.to(image_EH.device, non_blocking=True)]
         order = arrange(self.geometry, shapes or (SINGLE,) * len(pixel_values_NChw))
         features_FH = self._encode_dealt(pixel_values_NChw, order.strides, order.rows)
         return self.learned_tokens(features_FH, order, chosen_e)
 
-    def _encode_dealt(self, pixel_values_NChw: Tensor, strides: Sequence[int] | None, rows: Sequence[int] | None) -> Tensor:
+    def _encode_dealt(
+        self, pixel_values_NChw: Tensor, strides: Sequence[int] | None, rows: Sequence[int], each: int | None = None
+    ) -> Tensor:
         """Features [F, H] of all tiles, dealt over the ranks that encode; ``strides`` and ``rows`` as in ``Arrangement``."""
-        count = len(pixel_values_NChw)
         if self.parallel.encoder == "tensor_parallel" or self.groups.encoders.size() == 1:
-            return self._encode(pixel_values_NChw, strides)
+            return self._encode(pixel_values_NChw, strides, each)
         # Tiles are of one size, so each costs the same.
-        dealt = deal((1.0,) * count, self.groups.encoders.size())
+        dealt = deal((1.0,) * len(pixel_values_NChw), self.groups.encoders.size())
         own = list(dealt[self.groups.encoders.rank()])
-        own_eH = self._encode(pixel_values_NChw[own], None if strides is None else [strides[tile] for tile in own])
-        each = [self.settings.vision.embeddings_per_image] * count if rows is None else rows
-        return gather_embeddings(own_eH, dealt, each, self.groups.encoders, self.groups.cp) if each else own_eH
+        own_eH = self._encode(pixel_values_NChw[own], None if strides is None else [strides[tile] for tile in own], each)
+        return gather_embeddings(own_eH, dealt, rows, self.groups.encoders, self.groups.cp) if rows else own_eH
 
-    def _encode(self, pixel_values_nChw: Tensor, strides: Sequence[int] | None = None) -> Tensor:
+    def _encode(self, pixel_values_nChw: Tensor, strides: Sequence[int] | None = None, each: int | None = None) -> Tensor:
         """What this rank encodes itself."""
         if pixel_values_nChw.shape[0] == 0:
             # Megatron-Core's layers cannot run on nothing. A blank picture that goes nowhere gives every parameter its (zero)
             # gradient and keeps every collective in step with the other ranks.
             size = self.settings.vision.image_size
-            return self._encode(pixel_values_nChw.new_zeros(1, 3, size, size))[:0]
+            return self._encode(pixel_values_nChw.new_zeros(1, 3, size, size), each=each)[:0]
         tower_trains = any(parameter.requires_grad for parameter in self.vision_tower.parameters())
         with contextlib.nullcontext() if tower_trains else torch.no_grad():  # a frozen tower stores no activations
-            features_nPH = self.vision_tower(pixel_values_nChw)
-        video, strides = self.settings.video, strides or ()
-        before = video.pool_at == "before_projector"
-        features_FH = pool_tiles(features_nPH, strides if before else (), video.pool)
+            features_nPW = self.vision_tower(pixel_values_nChw)
+        reduction, video = self.settings.projector.reduction, self.settings.video
+        if (video.pool_at == "before_projector") if reduction is None else (reduction.where == "before"):
+            return self._project(self._fewer(features_nPW, strides, each))
+        return self._fewer(self._project(features_nPW.flatten(0, 1)).unflatten(0, features_nPW.shape[:2]), strides, each)
+
+    def _project(self, features_FW: Tensor) -> Tensor:
         with get_fp8_context(self.projector.config):
-            features_FH = self.projector(features_FH)
-        return features_FH if before else pool_tiles(features_FH.unflatten(0, features_nPH.shape[:2]), strides, video.pool)
+            return self.projector(features_FW)
+
+    def _fewer(self, features_nPW: Tensor, strides: Sequence[int] | None, each: int | None) -> Tensor:
+        """Rows [F, W] of tiles: merged or pooled all alike, or each pooled by its stride, or as they are."""
+        reduction = self.settings.projector.reduction
+        if reduction is None:
+            return pool_tiles(features_nPW, strides or (), self.settings.video.pool)
+        kept = self.settings.embeddings_per_image if each is None else each
+        return reduce_grid(features_nPW, self.settings.vision.side, kept, reduction).flatten(0, 1)
 
     def embed(
         self,
@@ -211,6 +231,7 @@ class LlavaModel(MegatronModule):
         shapes: Sequence[Shape],
         places_e: Tensor,
         chosen_e: Tensor | None,
+        each: int | None = None,
     ) -> Tensor:
         """Token and image embeddings in their places: [S, 1, H].
 
@@ -220,12 +241,13 @@ class LlavaModel(MegatronModule):
             shapes: of its media.
             places_e: where the image embeddings go among this rank's tokens.
             chosen_e: which of all E they are, on the host (None: all).
+            each: as in ``encode_images``.
 
         Every tensor-parallel rank computes all C tokens here and keeps its own part, so the gradient of the embeddings is
         complete on each of them.
         """
         text_C1H = self.language_model.embedding(input_ids=input_ids_C[None], position_ids=None)
-        image_eH = self.encode_images(pixel_values_NChw, shapes, chosen_e)
+        image_eH = self.encode_images(pixel_values_NChw, shapes, chosen_e, each)
         hidden_C1H = text_C1H.index_copy(0, places_e, image_eH[:, None])
         if self.config.sequence_parallel:
             return scatter_to_sequence_parallel_region(hidden_C1H, group=self.groups.tp)
@@ -260,6 +282,7 @@ class LlavaModel(MegatronModule):
             there is no context parallelism; with it the tokens are those of ``parallel.sequence.partition``.
         """
         device = input_ids_T.device
+        each = _embeddings_each(len(image_index_E), len(pixel_values_NChw)) if self.geometry.plain else None
         samples = PackedSamples(sample_lengths=sample_lengths)
         own_C = None
         places_e, chosen_e = image_index_E, None  # of the image embeddings: here all
@@ -281,7 +304,9 @@ class LlavaModel(MegatronModule):
             input_ids=None,
             position_ids=position_ids_RT,
             attention_mask=None,
-            decoder_input=(self.embed(input_ids_T, pixel_values_NChw, shapes, places_e, chosen_e) if self.pre_process else None),
+            decoder_input=(
+                self.embed(input_ids_T, pixel_values_NChw, shapes, places_e, chosen_e, each) if self.pre_process else None
+            ),
             labels=None if labels_T is None else labels_T[None],
             packed_seq_params=samples,
         )
@@ -293,6 +318,15 @@ class LlavaModel(MegatronModule):
     def full_logits(self, logits_QV: Tensor) -> Tensor:
         """One rank's part of the logits to all of them, [Q, vocab_size]; on the last stage only."""
         return gather_from_tensor_model_parallel_region(logits_QV, group=self.groups.tp)[:, : self.settings.language.vocab_size]
+
+
+def _embeddings_each(places: int, pictures: int) -> int | None:
+    """Embeddings of each tile of a batch: the loader decides, and its placeholders say."""
+    if not pictures:
+        return None
+    if places % pictures:
+        raise ValueError(f"{places} places for the embeddings of {pictures} pictures: each needs as many")
+    return places // pictures
 
 
 def _length_of_each(sample_lengths: list[int], own_C: Tensor | None, device: torch.device) -> Tensor:

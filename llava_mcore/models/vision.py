@@ -1,7 +1,7 @@
 """The vision tower, CLIP's (Radford et al., 2021) or SigLIP's (Zhai et al., 2023), on Megatron-Core's ``TransformerBlock``.
 
-Shape suffixes: N pictures, C channels, h w picture size, P patches, K positions (P and the class token, where there is one), H
-width of the tower.
+Shape suffixes: N pictures, C channels, h w picture size, P patches, K positions (P and the class token, where there is one), F
+features that are left of them where layers merge tokens, H width of the tower.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from llava_mcore.models.backend import padded_pictures
 from llava_mcore.models.layers import Norm, block_spec
+from llava_mcore.models.reduction.tower import with_merging
 from llava_mcore.settings.schema import VisionSettings
 
 
@@ -89,13 +90,13 @@ class VisionTower(MegatronModule):
         self.pre_layernorm = Norm(config, width, vision.norm_eps) if vision.pre_norm else None
         self.encoder = TransformerBlock(
             config,
-            block_spec(config, AttnMaskType.no_mask, config.num_layers),
+            with_merging(block_spec(config, AttnMaskType.no_mask, config.num_layers), vision),
             post_layer_norm=False,
             pg_collection=groups,
         )
 
     def forward(self, pixels_NChw: Tensor) -> Tensor:
-        """Pixels [N, 3, h, w] to features [N, P or K, H]."""
+        """Pixels [N, 3, h, w] to features [N, P or K, H]; of fewer tokens where layers merge them, in raster order still."""
         pictures = pixels_NChw.shape[0]
         if self.config.fp8:  # its products need rows in multiples, K is odd: blank pictures make them up
             multiple = get_fp8_align_size(self.config.fp8_recipe)
@@ -107,6 +108,6 @@ class VisionTower(MegatronModule):
         hidden_NKH = hidden_NKH + self.position_embedding
         if self.pre_layernorm is not None:
             hidden_NKH = self.pre_layernorm(hidden_NKH)
-        hidden_KNH = self.encoder(hidden_NKH.transpose(0, 1).contiguous(), attention_mask=None)
-        hidden_NKH = hidden_KNH.transpose(0, 1)[:pictures]
-        return hidden_NKH[:, 1:] if self.drop_class_token else hidden_NKH
+        hidden_FNH = self.encoder(hidden_NKH.transpose(0, 1).contiguous(), attention_mask=None)
+        hidden_NFH = hidden_FNH.transpose(0, 1)[:pictures]
+        return hidden_NFH[:, 1:] if self.drop_class_token else hidden_NFH

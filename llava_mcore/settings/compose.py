@@ -422,19 +422,26 @@ def _is_known(path: Sequence[str]) -> bool:
 
 
 def setting_paths(cls: type = Settings, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
-    """Every setting as a path: ``("train", "lr")``."""
+    """Every setting as a path, ``("train", "lr")``; of a section that may be null the section before what it holds."""
     paths: list[tuple[str, ...]] = []
     for name, field in cls.__pydantic_fields__.items():  # type: ignore[attr-defined]
-        if isinstance(field.annotation, type) and dataclasses.is_dataclass(field.annotation):
-            paths += setting_paths(field.annotation, (*prefix, name))
-        else:
+        section = _section(field.annotation)
+        if section is not field.annotation:
             paths.append((*prefix, name))
+        if section is not None:
+            paths += setting_paths(section, (*prefix, name))
     return paths
+
+
+def _section(annotation: Any) -> Any:
+    """The section of settings that a type is, or is where it is not null; None for a plain value."""
+    types_in = [part for part in (annotation, *typing.get_args(annotation)) if isinstance(part, type)]
+    return next((part for part in types_in if dataclasses.is_dataclass(part)), None)
 
 
 def setting_field(path: Sequence[str]) -> Any:
     """Pydantic's field (type, default, description) at a path of the schema."""
     cls: Any = Settings
     for name in path[:-1]:
-        cls = cls.__pydantic_fields__[name].annotation
+        cls = _section(cls.__pydantic_fields__[name].annotation)
     return cls.__pydantic_fields__[path[-1]]

@@ -12,6 +12,7 @@ from pydantic_core import ArgsKwargs
 
 from llava_mcore.geometry import Geometry, Shape, num_image_embeddings, num_patches, round_up
 from llava_mcore.settings.families import DECODERS, TOWERS, Family, contradictions
+from llava_mcore.settings.reduction import Pooling, TokenMerging, TowerMerging
 from llava_mcore.settings.rules import STRICT, NonNegative, Positive, fail_on
 from llava_mcore.settings.visual import AnyresSettings, VideoSettings
 
@@ -69,6 +70,7 @@ class VisionSettings:
     activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = Field(
         "quick_gelu", description="activation of the MLP (left out: as the family has it)"
     )
+    token_merging: TowerMerging | None = Field(None, description="merging of tokens inside the tower (null: none)")
 
     @model_validator(mode="before")
     @classmethod
@@ -100,9 +102,21 @@ class VisionSettings:
         return num_patches(self.image_size, self.patch_size) + self.class_token
 
     @property
-    def embeddings_per_image(self) -> int:
-        """Decoder embeddings one picture becomes."""
-        return num_image_embeddings(self.image_size, self.patch_size, self.select_feature)
+    def side(self) -> int:
+        """Patches along a side of the picture."""
+        return self.image_size // self.patch_size
+
+    @property
+    def merged_tokens(self) -> list[int]:
+        """Tokens that each used layer merges; zeros where the tower merges none."""
+        if self.token_merging is None:
+            return [0] * self.used_layers
+        return self.token_merging.merged(self.positions, self.used_layers, self.class_token)
+
+    @property
+    def features_per_image(self) -> int:
+        """Features one picture becomes; what the projector merges or pools is still among them."""
+        return num_image_embeddings(self.image_size, self.patch_size, self.select_feature) - sum(self.merged_tokens)
 
 
 @dataclass(config=STRICT, kw_only=True)
@@ -110,6 +124,13 @@ class ProjectorSettings:
     """From tower features to decoder embeddings."""
 
     type: Literal["linear", "mlp2x_gelu"] = Field("mlp2x_gelu", description="one linear layer, or two with a GELU between")
+    token_merging: TokenMerging | None = Field(None, description="merging of patches that look alike (null: none)")
+    pooling: Pooling | None = Field(None, description="pooling of squares of patches (null: none)")
+
+    @property
+    def reduction(self) -> TokenMerging | Pooling | None:
+        """What makes fewer embeddings of a picture's features, if anything."""
+        return self.token_merging or self.pooling
 
 
 # What each kind of rotary scaling must be given, and what it may be.
@@ -267,7 +288,7 @@ class ModelSettings:
 
     @model_validator(mode="after")
     def _check(self) -> ModelSettings:
-        problems = []
+        problems = self._reduction_problems()
         if self.image_token_id >= self.language.vocab_size:
             problems.append(f"image_token_id {self.image_token_id} is outside the vocabulary of {self.language.vocab_size}")
         geometry = self.geometry
@@ -279,14 +300,78 @@ class ModelSettings:
         fail_on(problems)
         return self
 
+    def _reduction_problems(self) -> list[str]:
+        vision, projector = self.vision, self.projector
+        problems = []
+        if self.reduced_by and not self.geometry.plain:
+            problems.append(
+                f"{' and '.join(self.reduced_by)} would take the grid of features from anyres, video.pool, video.newline and "
+                "video.time_period; set either to null (video.pool=none, video.newline=no_token)"
+            )
+        if projector.reduction is None:
+            return problems
+        name = "token_merging" if projector.token_merging else "pooling"
+        problems += [f"projector.{problem}" for problem in projector.reduction.problems(vision.side)]
+        if projector.token_merging and projector.pooling:
+            problems.append("projector.token_merging and projector.pooling exclude each other; set one of them to null")
+        if vision.select_feature != "patch":
+            problems.append(
+                f"projector.{name} needs a grid of patches; set vision.select_feature=patch, which drops the class token"
+            )
+        if vision.token_merging:
+            problems.append(f"vision.token_merging leaves projector.{name} no grid of patches; set one of them to null")
+        return problems
+
+    @property
+    def reduced_by(self) -> list[str]:
+        """The sections that make fewer embeddings of every tile alike."""
+        chosen = {
+            "projector.token_merging": self.projector.token_merging,
+            "projector.pooling": self.projector.pooling,
+            "vision.token_merging": self.vision.token_merging,
+        }
+        return [name for name, section in chosen.items() if section is not None]
+
     @property
     def geometry(self) -> Geometry:
-        """From sizes of pictures and clips to tiles and embeddings."""
-        vision = self.vision
+        """From sizes of pictures and clips to tiles and embeddings, when a schedule has run its course."""
+        return self._geometry(self.embeddings_per_image)
+
+    def geometry_at(self, step: int) -> Geometry:
+        """The same in a step, counted from 0; no medium ever becomes more than in step 0."""
+        return self._geometry(self.embeddings_at(step))
+
+    def _geometry(self, each: int) -> Geometry:
         return Geometry(
-            vision.image_size,
-            vision.image_size // vision.patch_size,
-            vision.select_feature == "cls_patch",
+            self.vision.image_size,
+            self.vision.side,
+            self.vision.select_feature == "cls_patch",
             None if self.anyres is None else self.anyres.geometry,
             self.video.geometry,
+            each if self.reduced_by else None,
         )
+
+    @property
+    def embeddings_per_image(self) -> int:
+        """Decoder embeddings one tile becomes, when a schedule has run its course."""
+        reduction = self.projector.reduction
+        return self.vision.features_per_image if reduction is None else reduction.kept(self.vision.side)
+
+    def embeddings_at(self, step: int) -> int:
+        """Decoder embeddings one tile becomes in a step, counted from 0; never more than in step 0."""
+        merging = self.projector.token_merging
+        return self.embeddings_per_image if merging is None else merging.kept(self.vision.side, merging.ratio_at(step))
+
+    @property
+    def projected_per_image(self) -> int:
+        """Rows of a tile that go through the projector, when a schedule has run its course."""
+        reduction = self.projector.reduction
+        after = reduction is None or reduction.where == "after"
+        return self.vision.features_per_image if after else self.embeddings_per_image
+
+    @property
+    def feature_size(self) -> int:
+        """Width of the features that the projector reads."""
+        pooling = self.projector.pooling
+        wider = pooling.stride**2 if pooling is not None and pooling.kind == "pixel_shuffle" else 1
+        return self.vision.hidden_size * wider

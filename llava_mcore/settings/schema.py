@@ -21,6 +21,7 @@ from llava_mcore.settings.model import (
     RopeScaling,
     VisionSettings,
 )
+from llava_mcore.settings.reduction import Pooling, TokenMerging, TowerMerging
 from llava_mcore.settings.rules import STRICT, Fraction, NonNegative, Positive, fail_on
 
 __all__ = [
@@ -30,10 +31,13 @@ __all__ = [
     "LanguageSettings",
     "ModelSettings",
     "ParallelSettings",
+    "Pooling",
     "PrecisionSettings",
     "ProjectorSettings",
     "RopeScaling",
     "Settings",
+    "TokenMerging",
+    "TowerMerging",
     "TrainSettings",
     "VisionSettings",
 ]
@@ -334,7 +338,7 @@ class Settings:
     @model_validator(mode="after")
     def _check(self) -> Settings:
         problems = []
-        image = self.model.vision.embeddings_per_image
+        image = self.model.embeddings_at(0)
         if image >= self.data.sequence_length:
             problems.append(
                 f"data.sequence_length {self.data.sequence_length} has no room for one picture of {image} embeddings; "
@@ -345,5 +349,18 @@ class Settings:
                 f"data.sequence_length {self.data.sequence_length} exceeds "
                 f"model.language.max_position_embeddings {self.model.language.max_position_embeddings}"
             )
-        fail_on(problems + layout_problems(self))
+        fail_on(problems + self._fp8_problems() + layout_problems(self))
         return self
+
+    def _fp8_problems(self) -> list[str]:
+        """Merging that gives FP8 products another number of rows than they can take."""
+        modules = self.precision.fp8_modules if self.precision.fp8 else []
+        merging = self.model.projector.token_merging
+        problems = []
+        if self.model.vision.token_merging and "vision_tower" in modules:
+            problems.append("model.vision.token_merging: leave vision_tower out of precision.fp8_modules; its rows become uneven")
+        if merging and merging.schedule_steps and merging.where == "before" and "projector" in modules:
+            problems.append(
+                "model.projector.token_merging.schedule_steps: leave projector out of precision.fp8_modules; its rows change"
+            )
+        return problems

@@ -74,8 +74,8 @@ def load_model(path: str | Path, model: ModelParts, groups: Groups) -> None:
         CheckpointError: the folder is incomplete or belongs to another model (naming every setting that differs).
     """
     path = folder.require_checkpoint(path)
-    require_same_model(path, model.settings, but_for=("model.vision.image_size", "model.anyres", "model.video"))
     stored = folder.read_model_settings(path)
+    require_same_model(path, model.settings, but_for=_not_of_weights(stored, model.settings))
     states, positions = model_state(model, groups), stored.vision.positions
     held = {"newline": stored.geometry.has_newline, "faster": stored.geometry.has_faster, "time_gate": stored.geometry.has_time}
     for state in states.values():
@@ -95,6 +95,13 @@ def load_model(path: str | Path, model: ModelParts, groups: Groups) -> None:
 def _put_weights(model: ModelParts, states: dict[str, dict[str, Any]]) -> None:
     for number, part in enumerate(model):
         part.load_state_dict(states[f"part{number}"], strict=False)  # the extra states were left out
+
+
+def _not_of_weights(theirs: ModelSettings, ours: ModelSettings) -> tuple[str, ...]:
+    """Settings that may differ between a checkpoint and the model its weights are for."""
+    ways = ("model.anyres", "model.video", "model.vision.token_merging", "model.projector.token_merging")
+    names = ("model.vision.image_size", *ways)
+    return (*names, "model.projector.pooling") if theirs.feature_size == ours.feature_size else names
 
 
 def require_same_model(path: Path, model: ModelSettings, but_for: tuple[str, ...] = ()) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from llava_mcore.geometry import SINGLE, Geometry
+from llava_mcore.geometry import SINGLE
 from llava_mcore.settings.compose import SettingsError
 from llava_mcore.settings.derive import Derived, derive
 from llava_mcore.settings.layouts import layout_problems
@@ -109,7 +109,7 @@ def _tower_parameters(model: ModelSettings, tensor: int) -> int:
 def _projector_parameters(model: ModelSettings, tensor: int) -> int:
     """Its first layer is split by columns, bias included; the second by rows, so its bias stands whole."""
     width = model.language.hidden_size
-    first = width * (model.vision.hidden_size + 1) // tensor
+    first = width * (model.feature_size + 1) // tensor
     return first if model.projector.type == "linear" else first + width * width // tensor + width
 
 
@@ -277,7 +277,7 @@ def _show_batch(page: _Page, settings: Settings, world_size: int, data_parallel:
     page.title("batch")
     page.row("samples a step", train.global_batch_size)
     page.row("stream", f"{settings.data.sequence_length} tokens, {train.micro_batch_size} a micro-batch")
-    page.row("picture", _price(settings.model.geometry))
+    page.row("picture", _price(settings.model))
     if train.global_batch_size < data_parallel:
         page.warnings.append(
             f"train.global_batch_size {train.global_batch_size} is below the data-parallel size {data_parallel}: "
@@ -322,6 +322,7 @@ def _show_first_batch(
             seed=train.seed,
             global_batch_size=train.global_batch_size,
             total_samples=derived.total_samples if derived else None,
+            schedule=settings.model.geometry_at,
         )
         loader = StreamLoader(
             planner,
@@ -341,10 +342,15 @@ def _show_first_batch(
     _describe_step(page, settings, tokenizer, step)
 
 
-def _price(geometry: Geometry) -> str:
-    """What a picture costs, or some pictures, where it depends on their sizes."""
+def _price(model: ModelSettings) -> str:
+    """What a picture costs, or some pictures, where it depends on their sizes, and what it would without merging and pooling."""
+    geometry = model.geometry
     if geometry.anyres is None:
-        return f"{geometry.embeddings(SINGLE)} tokens"
+        first, last, patches = model.geometry_at(0).embeddings(SINGLE), geometry.embeddings(SINGLE), geometry.side**2
+        text = f"{last} tokens"
+        if first != last and model.projector.token_merging is not None:
+            text = f"{first} tokens at first, {last} from step {model.projector.token_merging.schedule_steps + 1} on"
+        return text if last >= patches else f"{text}, of {patches} patches"
     sizes = ((336, 336), (1024, 768), (768, 1024), (1600, 400))
     prices = (f"{geometry.embeddings(geometry.picture(*size, False)):,} of {size[0]} x {size[1]}" for size in sizes)
     return f"tokens: {', '.join(prices)} pixels"

@@ -71,6 +71,7 @@ class Trainer:
             seed=train.seed,
             global_batch_size=train.global_batch_size,
             total_samples=self.derived.total_samples,
+            schedule=settings.model.geometry_at,
         )
         self.last_step = min(self.derived.steps, train.stop_after or self.derived.steps)
 

@@ -85,7 +85,7 @@ def test_both_sides_train_alike(groups, samples):
 
 
 def test_mixed_lengths_are_as_stated():
-    each = TINY.model.vision.embeddings_per_image
+    each = TINY.model.embeddings_per_image
     drawn = train_step.mix_samples(TINY.model, 3000, np.random.default_rng(0))
     shown = np.array([len(sample.pixels) for sample in drawn])
     assert 1 - shown.mean() == pytest.approx(train_step.TEXT_ONLY_SHARE, abs=0.02)

@@ -30,7 +30,7 @@ from llava_mcore.settings.schema import DataSettings, VisionSettings
 
 IMAGE_ID = 3
 VISION = VisionSettings(image_size=28, patch_size=7, hidden_size=32, ffn_hidden_size=32, num_layers=2, num_attention_heads=2)
-EACH = VISION.embeddings_per_image
+EACH = VISION.features_per_image
 GEOMETRY = Geometry(28, 4)
 DATA = DataSettings(sequence_length=384, packing_window=0, decoder="python")
 

@@ -103,7 +103,7 @@ def test_tokenizer_fits_the_model(data: Path) -> None:
             tokenizer,
             "vicuna_v1",
             num_images=1,
-            image_tokens_each=model.vision.embeddings_per_image,
+            image_tokens_each=model.embeddings_per_image,
             image_token_id=model.image_token_id,
         )
         supervised = sample.labels[sample.labels >= 0].tolist()

@@ -82,7 +82,7 @@ def test_llava_values():
     settings = compose(["experiment=finetune_llava_13b"])
     assert (settings.train.lr, settings.train.global_batch_size, settings.train.freeze) == (2e-5, 128, ["vision_tower"])
     assert settings.model.language.hidden_size == 5120 and settings.model.language.vocab_size == 32064
-    assert settings.model.vision.used_layers == 23 and settings.model.vision.embeddings_per_image == 576
+    assert settings.model.vision.used_layers == 23 and settings.model.embeddings_per_image == 576
     first = compose(["experiment=pretrain_llava_13b"])
     assert (first.train.lr, first.train.global_batch_size) == (1e-3, 256)
     assert first.train.freeze == ["vision_tower", "language_model"] and first.data.template == "plain"
@@ -152,7 +152,7 @@ def test_everything_by_hand_without_an_experiment():
     for key in by_hand:
         value = values
         for part in key[:-1].split("."):
-            value = value[part]
+            value = None if value is None else value[part]
         if value not in (None, {}, []) and not isinstance(value, list):
             overrides.append(f"{key}{str(value).lower() if isinstance(value, bool) else value}")
     assert compose(overrides) == compose(TINY)

@@ -25,7 +25,7 @@ def test_a_tower_brings_what_follows_from_it(family: str) -> None:
     run = compose([*TINY, f"model.vision.family={family}"])
     vision = run.model.vision
     assert vision.class_token == vision.pre_norm == (not vision.patch_bias) == (family == "clip")
-    assert vision.positions == 16 + (family == "clip") and vision.embeddings_per_image == 16
+    assert vision.positions == 16 + (family == "clip") and vision.features_per_image == 16
     assert from_stored(to_dict(run), []) == run
 
 

@@ -91,7 +91,7 @@ def test_flops_are_those_torch_counts(freeze):
             parameter.requires_grad_(name not in freeze)
     hf.model.vision_tower.post_layernorm.requires_grad_(False)  # computed by transformers, read by nobody
     ids = torch.full((1, length), 7)
-    ids[0, 1 : 1 + model.vision.embeddings_per_image] = model.image_token_id
+    ids[0, 1 : 1 + model.embeddings_per_image] = model.image_token_id
     pixels = torch.randn(1, 3, model.vision.image_size, model.vision.image_size)
     with FlopCounterMode(display=False) as counter:
         hf(input_ids=ids, pixel_values=pixels, labels=ids).loss.backward()

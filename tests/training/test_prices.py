@@ -26,9 +26,9 @@ def test_every_line_is_what_its_settings_give() -> None:
     pictures, clips = (
         re.findall(r"^(as set|model\.\S.*?)\s{2,}([\d,]+)\s+([\d,]+)\s", part, re.M) for part in done.stdout.split("a clip")
     )
-    assert len(pictures) == 10 and len(clips) == 7
+    assert len(pictures) == 1 + 8 + 8 and len(clips) == 1 + 5 + 8
     for name, tiles, tokens in [*pictures, *clips]:
-        changes = [] if name == "as set" else name.split()
+        changes = [] if name == "as set" else re.split(" (?=model)", name)
         geometry = compose(["train=pretrain", "model=llava_vicuna_7b", *changes]).model.geometry
         shape = Shape(frames=8) if (name, tiles, tokens) in clips else geometry.picture(1344, 1008, several=False)
         assert (tiles, tokens) == (f"{geometry.tiles(shape):,}", f"{geometry.embeddings(shape):,}"), name
@@ -36,7 +36,8 @@ def test_every_line_is_what_its_settings_give() -> None:
 
 def test_the_published_count_of_onevision() -> None:
     settings = compose(["train=pretrain", "model=llava_onevision_qwen2_7b"])
-    first, *others = prices.of_picture(settings, 1344, 1008)
+    (first, *others), refused = prices.of_picture(settings, 1344, 1008, text=0)
+    assert not refused and any(price.name.startswith("model.anyres=null model.video.pool=none") for price in others)
     assert (first.name, first.tiles, first.tokens) == ("as set", 13, 7309)
     # Twice the decoder's FLOPs and memory at about twice the tokens.
     half = min(others, key=lambda price: abs(price.tokens - first.tokens / 2))

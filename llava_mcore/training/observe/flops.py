@@ -12,7 +12,10 @@ heads, f MLP width, V vocabulary:
     tower, patches              2 P (3 p^2) h          P patches of p x p pixels
     tower layer, linear         2 K (4 h^2 + 2 h f)    K = P, and one for the class token where there is one
     tower layer, attention      4 h K^2                (every token attends to all)
-    projector                   2 E (h_tower h [+ h h])   E embeddings
+    projector                   2 E (w h [+ h h])      E embeddings of w numbers each (h_tower, or more after a pixel shuffle)
+
+Where a tower's layers merge tokens, K is what each product gets; merging itself is not counted. While a schedule of merging
+before the projector runs, the projector is counted as at its end.
 
 Backward, each product on its own: the gradient of the weights costs one forward where the module is trained; the gradient of the
 input costs one forward where anything below is trained, so that a frozen decoder above a trained projector costs 2x its forward,
@@ -130,15 +133,19 @@ class FlopsCounter:
 
     def _vision(self, pictures: int) -> list[_Product]:
         vision, decoder_width = self._model.vision, self._model.language.hidden_size
-        width, patches, layers = vision.hidden_size, num_patches(vision.image_size, vision.patch_size), vision.used_layers
-        embeddings, tokens = pictures * vision.embeddings_per_image, vision.positions
-        linear = 2 * tokens * (4 * width**2 + 2 * width * vision.ffn_hidden_size)
+        width, patches = vision.hidden_size, num_patches(vision.image_size, vision.patch_size)
+        embeddings, inputs = pictures * self._model.projected_per_image, self._model.feature_size
+        linear, attention, tokens = 0, 0, vision.positions
+        for merged in vision.merged_tokens:
+            linear += 2 * tokens * 4 * width**2 + 2 * (tokens - merged) * 2 * width * vision.ffn_hidden_size
+            attention += 4 * width * tokens**2
+            tokens -= merged
         tower = ("vision_tower",)
         products = [
             _Product("vision_tower", pictures * 2 * patches * 3 * vision.patch_size**2 * width, True, ()),
-            _Product("vision_tower", pictures * layers * linear, True, tower),
-            _Product("vision_tower", pictures * layers * 4 * width * tokens**2, False, tower),
-            _Product("projector", 2 * embeddings * width * decoder_width, True, tower),
+            _Product("vision_tower", pictures * linear, True, tower),
+            _Product("vision_tower", pictures * attention, False, tower),
+            _Product("projector", 2 * embeddings * inputs * decoder_width, True, tower),
         ]
         if self._model.projector.type == "mlp2x_gelu":
             products.append(_Product("projector", 2 * embeddings * decoder_width**2, True, (*tower, "projector")))
@@ -179,7 +186,7 @@ def parameter_counts(model: ModelSettings, padded: bool = False) -> dict[str, in
     """
     vision, language = model.vision, model.language
     tower = vision_embedding_parameters(model) + vision.used_layers * sum(vision_layer_parameters(model))
-    projector = language.hidden_size * (vision.hidden_size + 1)
+    projector = language.hidden_size * (model.feature_size + 1)
     if model.projector.type == "mlp2x_gelu":
         projector += language.hidden_size * (language.hidden_size + 1)
     rows = language.padded_vocab_size if padded else language.vocab_size

@@ -1,0 +1,1 @@
+"""Fewer embeddings a picture: merging of tokens that look alike, and pooling."""

@@ -1,0 +1,105 @@
+"""Every way to make fewer embeddings of a picture: trained in every kind of layout, against one process."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import oracle
+import ours
+import pytest
+import torch
+from ranks import ranks
+from test_layouts import LENGTH, TOLERANCE, difference, settings
+
+from llava_mcore.settings.schema import Pooling, Settings, TokenMerging, TowerMerging
+
+STEPS = 1
+STREAMS = [[0, 1, 3], [2, 6], [4, 5], [7], [], [6, 3]]
+
+MODES: dict[str, tuple[dict[str, Any], int]] = {  # settings, embeddings of a picture of 16 patches
+    "merged after": ({"token_merging": TokenMerging(ratio=0.5)}, 8),
+    "merged before, blocks": ({"token_merging": TokenMerging(ratio=0.4, where="before", order="blocks")}, 10),
+    "merged within windows": ({"token_merging": TokenMerging(ratio=0.5, scope="window")}, 8),
+    "merged in the tower": ({"tower": TowerMerging(tokens=3)}, 10),
+    "averaged after": ({"pooling": Pooling(kind="average", where="after")}, 4),
+    "pixel shuffle": ({"pooling": Pooling(kind="pixel_shuffle")}, 4),
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "TP2+SP": {"tensor": 2},
+    "TP2+SP encoder split": {"tensor": 2, "encoder": "tensor_parallel"},
+    "PP2": {"pipeline": 2},
+    "CP2": {"context": 2},
+}
+
+
+def reduced(mode: str, parallel: dict[str, Any], **train: Any) -> Settings:
+    """The settings of the other layouts' tests with a reduction."""
+    run, chosen = settings(parallel, **train), dict(MODES[mode][0])
+    vision = dataclasses.replace(run.model.vision, token_merging=chosen.pop("tower", None))
+    projector = dataclasses.replace(run.model.projector, **chosen)
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, vision=vision, projector=projector))
+
+
+def batches(each: int) -> list:
+    return oracle.pack(oracle.make_samples(each), STREAMS, LENGTH)
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, Any]]:
+    """Each mode on one process."""
+    found = {}
+    for mode, (_, each) in MODES.items():
+        run = reduced(mode, {})
+        assert run.model.embeddings_per_image == each
+        (found[mode],) = ranks(1).run(ours.train, run, batches(each), STEPS)
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_equals_one_process(alone: dict[str, dict[str, Any]], mode: str, layout: str) -> None:
+    run = reduced(mode, LAYOUTS[layout])
+    results = ranks(run.parallel.model_ranks).run(ours.train, run, batches(MODES[mode][1]), STEPS)
+    worst = {
+        "loss": max(difference(result["losses"], alone[mode]["losses"]) for result in results if result["last"]),
+        "norm": max(difference(result["norms"], alone[mode]["norms"]) for result in results),
+        "gradients": 0.0,
+    }
+    expected = ours.assemble(alone[mode]["gradients"])
+    floor = 1e-3 * max(float(tensor.abs().max()) for tensor in expected.values())
+    whole = ours.assemble([shard for result in results for shard in result["gradients"]])
+    assert whole.keys() == expected.keys()
+    for name, tensor in whole.items():
+        gap = (tensor - expected[name]).abs().max() / expected[name].abs().max().clamp(min=floor)
+        worst["gradients"] = max(worst["gradients"], float(gap))
+    print(f"\n{mode} {layout}: " + ", ".join(f"{what} {value:.1e}" for what, value in worst.items()))
+    assert max(worst.values()) < TOLERANCE, worst
+
+
+def test_a_ratio_of_zero_changes_no_bit() -> None:
+    run = settings({})
+    model = dataclasses.replace(
+        run.model, projector=dataclasses.replace(run.model.projector, token_merging=TokenMerging(ratio=0.0))
+    )
+    plain, zero = (ranks(1).run(ours.train, one, batches(16), 1)[0] for one in (run, dataclasses.replace(run, model=model)))
+    assert plain["losses"] == zero["losses"] and plain["norms"] == zero["norms"]
+    for (*_, one), (*_, other) in zip(plain["weights"], zero["weights"], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_batch_says_how_many_stay() -> None:
+    """As in a schedule: the same settings, pictures of 16, 12 and 8 embeddings in turn, each run like those settings' own."""
+    for each, ratio in ((16, 0.0), (12, 0.25), (8, 0.5)):
+        scheduled, fixed = (reduced("merged after", {}) for _ in range(2))
+        scheduled.model.projector.token_merging = TokenMerging(ratio=0.5, schedule_steps=10)
+        fixed.model.projector.token_merging = TokenMerging(ratio=ratio)
+        losses = [ranks(1).run(ours.train, run, batches(each), 1)[0]["losses"] for run in (scheduled, fixed)]
+        assert losses[0] == losses[1]
+
+
+def test_uneven_places_are_refused() -> None:
+    bad = batches(8)
+    bad[0].image_index_E = bad[0].image_index_E[:-1]
+    with pytest.raises(AssertionError, match="15 places for the embeddings of 2 pictures: each needs as many"):
+        ranks(1).run(ours.train, reduced("merged after", {}), bad, 1)
