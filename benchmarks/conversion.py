@@ -158,11 +158,9 @@ MEASURES: dict[str, Callable[[bool], Measure]] = {
     "import": throughput("import"),
     "import_memory": memory("import"),
     "import_no_verify": throughput("import", "--no-verify"),
-    "import_2_processes": throughput("import", "--processes", "2"),
     "export": throughput("export"),
     "export_memory": memory("export"),
     "export_no_verify": throughput("export", "--no-verify"),
-    "export_2_processes": throughput("export", "--processes", "2"),
 }
 
 if __name__ == "__main__":
