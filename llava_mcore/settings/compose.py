@@ -434,8 +434,9 @@ def setting_paths(cls: type = Settings, prefix: tuple[str, ...] = ()) -> list[tu
 
 
 def _section(annotation: Any) -> Any:
-    """The section of settings that a type is, or is where it is not null; None for a plain value."""
-    types_in = [part for part in (annotation, *typing.get_args(annotation)) if isinstance(part, type)]
+    """The section of settings that a type is, or is where it is not null; None for a plain value or a list."""
+    either = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else ()
+    types_in = [part for part in (annotation, *either) if isinstance(part, type)]
     return next((part for part in types_in if dataclasses.is_dataclass(part)), None)
 
 
