@@ -135,5 +135,5 @@ def test_strip_that_would_become_a_giant() -> None:
 
 
 def test_unknown_mode() -> None:
-    with pytest.raises(ValueError, match="pad and square"):
-        preprocess(Image.new("RGB", (4, 4)), "stretch", 28, MEAN, STD)
+    with pytest.raises(ValueError, match="pad, square and stretch are known"):
+        preprocess(Image.new("RGB", (4, 4)), "squeeze", 28, MEAN, STD)
