@@ -58,7 +58,7 @@ class Plan:
     learned: tuple[int, int, int, int] = (128, 384, 3, 2)
     side: int = 12
     batch: int = 16
-    steps: tuple[int, int] = (360, 240)
+    steps: tuple[int, int] = (360, 120)
     scored: int = HELD_OUT
 
 
