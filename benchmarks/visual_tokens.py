@@ -23,6 +23,7 @@ from _step import BOS, CPU, IMAGE, Ours, Sample, padded, settings_of
 from PIL import Image
 
 from llava_mcore.data.conversation import IGNORE
+from llava_mcore.data.sample import positions_of
 from llava_mcore.models.llava import ModelParts
 from llava_mcore.models.reduction.picture import merge_grid
 from llava_mcore.parallel import groups as process_groups
@@ -115,7 +116,8 @@ def samples(images: np.ndarray, digits: np.ndarray, model: ModelSettings) -> lis
         ids = np.array([BOS, *[IMAGE] * model.embeddings_per_image, *QUESTION, FIRST_DIGIT + digit], dtype=np.int64)
         labels = np.full_like(ids, IGNORE)
         labels[-1] = ids[-1]
-        found.append(Sample(ids, labels, np.repeat(np.asarray(picture)[None, None], 3, axis=1)))
+        positions = positions_of(len(ids), np.flatnonzero(ids == IMAGE), model.geometry)
+        found.append(Sample(ids, labels, np.repeat(np.asarray(picture)[None, None], 3, axis=1), positions))
     return found
 
 
@@ -218,7 +220,7 @@ def merge_share(quick: bool) -> Measure:
 
     def merge(_: int) -> float:
         started = time.perf_counter()
-        merge_grid(features, plan.timed_side, kept, merging).backward(gradient)
+        merge_grid(features, plan.timed_side, kept, merging)[0].backward(gradient)
         return time.perf_counter() - started
 
     def step(_: int) -> float:

@@ -12,7 +12,7 @@ from pydantic_core import ArgsKwargs
 
 from llava_mcore.geometry import Geometry, Shape, num_image_embeddings, num_patches, round_up
 from llava_mcore.settings.families import DECODERS, TOWERS, Family, contradictions
-from llava_mcore.settings.reduction import Pooling, TokenMerging, TowerMerging
+from llava_mcore.settings.reduction import Pooling, Reduction, TokenMerging, TowerMerging
 from llava_mcore.settings.rules import STRICT, NonNegative, Positive, fail_on
 from llava_mcore.settings.visual import AnyresSettings, VideoSettings
 
@@ -333,6 +333,16 @@ class ModelSettings:
         return [name for name, section in chosen.items() if section is not None]
 
     @property
+    def reduction(self) -> Reduction | None:
+        """The way in which fewer embeddings are made of every tile alike."""
+        return self.vision.token_merging or self.projector.reduction
+
+    @property
+    def positions_move(self) -> bool:
+        """Whether it depends on a picture's pixels at which positions its embeddings stand in the decoder."""
+        return self.geometry.in_place and self.projector.pooling is None
+
+    @property
     def geometry(self) -> Geometry:
         """From sizes of pictures and clips to tiles and embeddings, when a schedule has run its course."""
         return self._geometry(self.embeddings_per_image)
@@ -349,6 +359,8 @@ class ModelSettings:
             None if self.anyres is None else self.anyres.geometry,
             self.video.geometry,
             each if self.reduced_by else None,
+            self.projector.pooling.stride if self.projector.pooling else 1,
+            self.reduction is not None and self.reduction.positions == "kept",
         )
 
     @property

@@ -5,13 +5,17 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import oracle
 import ours
 import pytest
 import torch
 from ranks import ranks
+from test_layouts import LAYOUTS as EVERY
 from test_layouts import LENGTH, TOLERANCE, difference, settings
 
+from llava_mcore.data.loader import Batch
+from llava_mcore.data.sample import positions_of
 from llava_mcore.settings.schema import Pooling, Settings, TokenMerging, TowerMerging
 
 STEPS = 1
@@ -22,15 +26,14 @@ MODES: dict[str, tuple[dict[str, Any], int]] = {  # settings, embeddings of a pi
     "merged before, blocks": ({"token_merging": TokenMerging(ratio=0.4, where="before", order="blocks")}, 10),
     "merged within windows": ({"token_merging": TokenMerging(ratio=0.5, scope="window")}, 8),
     "merged in the tower": ({"tower": TowerMerging(tokens=3)}, 10),
+    "merged, positions counted": ({"token_merging": TokenMerging(ratio=0.5, positions="counted")}, 8),
     "averaged after": ({"pooling": Pooling(kind="average", where="after")}, 4),
-    "pixel shuffle": ({"pooling": Pooling(kind="pixel_shuffle")}, 4),
+    "pixel shuffle": ({"pooling": Pooling(kind="pixel_shuffle", positions="counted")}, 4),
 }
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "TP2+SP": {"tensor": 2},
-    "TP2+SP encoder split": {"tensor": 2, "encoder": "tensor_parallel"},
-    "PP2": {"pipeline": 2},
-    "CP2": {"context": 2},
-}
+LAYOUTS = ["TP2+SP", "TP2+SP encoder split", "PP2", "CP2"]
+# Where the positions of what is left go to other ranks and stages in another way.
+FURTHER = ["TP2", "PP2 VPP2", "CP2 ring", "PP4 no layer beside the encoder", "TP2 PP2 CP2 VPP2 ring"]
+CASES = [(mode, layout) for mode in MODES for layout in LAYOUTS] + [("merged after", layout) for layout in FURTHER]
 
 
 def reduced(mode: str, parallel: dict[str, Any], **train: Any) -> Settings:
@@ -41,8 +44,18 @@ def reduced(mode: str, parallel: dict[str, Any], **train: Any) -> Settings:
     return dataclasses.replace(run, model=dataclasses.replace(run.model, vision=vision, projector=projector))
 
 
-def batches(each: int) -> list:
-    return oracle.pack(oracle.make_samples(each), STREAMS, LENGTH)
+def batches(run: Settings) -> list[Batch]:
+    """With positions as of the loader."""
+    geometry = run.model.geometry
+    found = oracle.pack(oracle.make_samples(run.model.embeddings_per_image), STREAMS, LENGTH)
+    for batch in found:
+        parts, at = [], 0
+        for length in batch.sample_lengths:
+            slots = batch.image_index_E[(batch.image_index_E >= at) & (batch.image_index_E < at + length)] - at
+            parts.append(positions_of(length, slots.numpy(), geometry))
+            at += length
+        batch.position_ids_T = torch.from_numpy(np.concatenate(parts))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +65,14 @@ def alone() -> dict[str, dict[str, Any]]:
     for mode, (_, each) in MODES.items():
         run = reduced(mode, {})
         assert run.model.embeddings_per_image == each
-        (found[mode],) = ranks(1).run(ours.train, run, batches(each), STEPS)
+        (found[mode],) = ranks(1).run(ours.train, run, batches(run), STEPS)
     return found
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "layout"), CASES)
 def test_equals_one_process(alone: dict[str, dict[str, Any]], mode: str, layout: str) -> None:
-    run = reduced(mode, LAYOUTS[layout])
-    results = ranks(run.parallel.model_ranks).run(ours.train, run, batches(MODES[mode][1]), STEPS)
+    run = reduced(mode, EVERY[layout][1])
+    results = ranks(run.parallel.model_ranks).run(ours.train, run, batches(run), STEPS)
     worst = {
         "loss": max(difference(result["losses"], alone[mode]["losses"]) for result in results if result["last"]),
         "norm": max(difference(result["norms"], alone[mode]["norms"]) for result in results),
@@ -82,7 +94,7 @@ def test_a_ratio_of_zero_changes_no_bit() -> None:
     model = dataclasses.replace(
         run.model, projector=dataclasses.replace(run.model.projector, token_merging=TokenMerging(ratio=0.0))
     )
-    plain, zero = (ranks(1).run(ours.train, one, batches(16), 1)[0] for one in (run, dataclasses.replace(run, model=model)))
+    plain, zero = (ranks(1).run(ours.train, one, batches(one), 1)[0] for one in (run, dataclasses.replace(run, model=model)))
     assert plain["losses"] == zero["losses"] and plain["norms"] == zero["norms"]
     for (*_, one), (*_, other) in zip(plain["weights"], zero["weights"], strict=True):
         assert torch.equal(one, other)
@@ -94,12 +106,14 @@ def test_the_batch_says_how_many_stay() -> None:
         scheduled, fixed = (reduced("merged after", {}) for _ in range(2))
         scheduled.model.projector.token_merging = TokenMerging(ratio=0.5, schedule_steps=10)
         fixed.model.projector.token_merging = TokenMerging(ratio=ratio)
-        losses = [ranks(1).run(ours.train, run, batches(each), 1)[0]["losses"] for run in (scheduled, fixed)]
+        assert fixed.model.embeddings_per_image == each
+        losses = [ranks(1).run(ours.train, run, batches(fixed), 1)[0]["losses"] for run in (scheduled, fixed)]
         assert losses[0] == losses[1]
 
 
 def test_uneven_places_are_refused() -> None:
-    bad = batches(8)
+    run = reduced("merged after", {})
+    bad = batches(run)
     bad[0].image_index_E = bad[0].image_index_E[:-1]
     with pytest.raises(AssertionError, match="15 places for the embeddings of 2 pictures: each needs as many"):
-        ranks(1).run(ours.train, reduced("merged after", {}), bad, 1)
+        ranks(1).run(ours.train, run, bad, 1)
