@@ -170,13 +170,14 @@ def score(plan: Plan, ours: Ours) -> float:
 
 
 def reduction_of(name: str) -> TokenMerging | Pooling | None:
-    """``merge 0.5``, ``merge 0.5 within windows``, ``average 2x2`` or ``every patch``."""
+    """``merge 0.5``, ``merge 0.5 within windows``, ``average 2x2``, each perhaps with `` counted`` behind, or ``every patch``."""
     kind, *rest = name.split()
     if kind == "every":
         return None
+    positions = "counted" if rest[-1] == "counted" else "kept"
     if kind == "average":
-        return Pooling(kind="average", stride=int(rest[0][0]), where="after")
-    return TokenMerging(ratio=float(rest[0]), scope="window" if len(rest) > 1 else "picture")
+        return Pooling(kind="average", stride=int(rest[0][0]), where="after", positions=positions)
+    return TokenMerging(ratio=float(rest[0]), scope="window" if "windows" in rest else "picture", positions=positions)
 
 
 # ---- the measures ----
@@ -253,6 +254,8 @@ MEASURES = {
     "accuracy_half_merged": partial(learned, reduction="merge 0.5", peer="every patch", at_least=0.99),
     "accuracy_half_within_windows": partial(learned, reduction="merge 0.5 within windows", peer="every patch", at_least=0.99),
     "accuracy_three_quarters_merged": partial(learned, reduction="merge 0.75", peer="every patch", at_least=0.99),
+    "accuracy_half_against_counted": partial(learned, reduction="merge 0.5", peer="merge 0.5 counted", at_least=1.0),
+    "accuracy_pooled_against_counted": partial(learned, reduction="average 2x2", peer="average 2x2 counted", at_least=1.0),
     "accuracy_against_pooling": partial(learned, reduction="merge 0.75", peer="average 2x2", at_least=1.0),
 }
 

@@ -46,7 +46,8 @@ class TokenMerging(Reduction):
     where: Literal["before", "after"] = Field(default="after", description="merge before or after the projector")
     order: Literal["raster", "blocks"] = Field(
         default="raster",
-        description="of what is left: as in the picture; or as ToMeSD has it, what was not merged before what was",
+        description="of what is left: as in the picture; or as ToMeSD has it, what was not merged before what was (the positions "
+        "that are kept then do not ascend)",
     )
     schedule_steps: NonNegative = Field(
         default=0,
