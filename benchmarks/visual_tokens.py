@@ -24,6 +24,7 @@ from PIL import Image
 
 from llava_mcore.data.conversation import IGNORE
 from llava_mcore.data.sample import positions_of
+from llava_mcore.geometry import SINGLE
 from llava_mcore.models.llava import ModelParts
 from llava_mcore.models.reduction.picture import merge_grid
 from llava_mcore.parallel import groups as process_groups
@@ -116,7 +117,7 @@ def samples(images: np.ndarray, digits: np.ndarray, model: ModelSettings) -> lis
         ids = np.array([BOS, *[IMAGE] * model.embeddings_per_image, *QUESTION, FIRST_DIGIT + digit], dtype=np.int64)
         labels = np.full_like(ids, IGNORE)
         labels[-1] = ids[-1]
-        positions = positions_of(len(ids), np.flatnonzero(ids == IMAGE), model.geometry)
+        positions = positions_of(len(ids), np.flatnonzero(ids == IMAGE), model.geometry, [SINGLE])
         found.append(Sample(ids, labels, np.repeat(np.asarray(picture)[None, None], 3, axis=1), positions))
     return found
 

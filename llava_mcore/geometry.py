@@ -153,7 +153,9 @@ class Geometry:
         cut, base = self.cut(shape), self.rows(1) if anyres.base else 0
         if anyres.merge == "maxpool2x2":
             return base + (cut.rows * self.side // 2) * (cut.columns * self.side // 2)
-        if anyres.merge != "unpad":
+        if anyres.merge == "flat":
+            return self.tiles(shape) * self.rows(1)
+        if anyres.merge == "spatial":
             return base + cut.rows * cut.columns * self.side**2
         height, width = self.shrunk(*self.unpadded(shape, cut)[2:])
         return base + height * (width + 1)
@@ -181,6 +183,17 @@ class Geometry:
             return tuple(number * whole // kept for number in range(kept + 1))
         starts = range(0, self.side, self.square)
         return (*(row * self.side + column for row in starts for column in starts), whole)
+
+    def steps(self, shape: Shape) -> tuple[int, ...]:
+        """Positions in the decoder that each embedding of a medium takes, in order; a learned token takes one."""
+        if not self.skipped:
+            return (1,) * self.embeddings(shape)
+        offsets = self.offsets()
+        tile = tuple(end - start for start, end in zip(offsets, offsets[1:], strict=False))
+        if not shape.frames:
+            return tile * self.tiles(shape)
+        frame = (*tile, 1) if self.video.newline == "frame" else tile
+        return frame * shape.frames + (1,) * (self.video.newline == "one_token")
 
     def pooled_side(self, stride: int) -> int:
         """Patches along a tile's side after pooling: whole windows, or rounded up where it is interpolated."""

@@ -282,7 +282,7 @@ class StreamLoader:
             failed = [f"gives {len(seen)} tiles and frames where the index says {sample.pictures}"]
             seen = np.zeros((sample.pictures, 3, side, side), dtype=np.float32)
         labels = nothing if failed else tokens.labels
-        positions = positions_of(sample.length, tokens.image_slots, geometry)
+        positions = positions_of(sample.length, tokens.image_slots, geometry, raw.shapes)
         return Piece(tokens.input_ids, labels, tokens.image_slots, seen, raw.shapes, positions), failed[0] if failed else None
 
 

@@ -125,7 +125,7 @@ class Inference:
         for prompt, answer in zip(prompts, answers, strict=True):
             ids = np.concatenate([prompt.input_ids_L, np.array(answer, dtype=np.int64)])
             slots = np.flatnonzero(prompt.input_ids_L == image) if len(prompt.pixels_nCHW) else np.empty(0, dtype=np.int64)
-            positions = positions_of(len(ids), slots, geometry)
+            positions = positions_of(len(ids), slots, geometry, prompt.shapes)
             pieces.append(Piece(ids, np.full_like(ids, IGNORE), slots, prompt.pixels_nCHW, prompt.shapes, positions))
         streams = pack([len(piece.input_ids_L) for piece in pieces], capacity)
         batches, lasts, order = [], [], []

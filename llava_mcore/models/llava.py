@@ -10,6 +10,7 @@ with sample lengths), r rows that carry numbers of patches behind the hidden sta
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -34,7 +35,7 @@ from llava_mcore.models.arrangement import LearnedTokens, pool_tiles
 from llava_mcore.models.attention import PackedSamples
 from llava_mcore.models.backend import resolve_here
 from llava_mcore.models.config import DTYPES, KEEP_ALL, PORTABLE, Recompute, decoder_config, projector_config, tower_config
-from llava_mcore.models.embedding_order import arrange
+from llava_mcore.models.embedding_order import Arrangement, arrange
 from llava_mcore.models.language import LanguageModel
 from llava_mcore.models.layers import mlp_submodules, parts_of, unmark_unsplit
 from llava_mcore.models.reduction.picture import reduce_grid
@@ -191,16 +192,20 @@ class LlavaModel(MegatronModule):
 
         Returns:
             the wanted embeddings [e, H]; and where patches are merged and keep their positions the patch of its tile that each of
-            all embeddings stands for, int64 [E].
+            all features stands for, int64 [F].
         """
         if self.geometry.plain:
             each = self.settings.embeddings_per_image if each is None else each
             image_EH, patches_E = self._encode_dealt(pixel_values_NChw, None, [each] * len(pixel_values_NChw), each)
             chosen = image_EH if chosen_e is None else image_EH[chosen_e.to(image_EH.device, non_blocking=True)]
             return chosen, patches_E
-        order = arrange(self.geometry, shapes or (SINGLE,) * len(pixel_values_NChw))
-        features_FH, _ = self._encode_dealt(pixel_values_NChw, order.strides, order.rows)
-        return self.learned_tokens(features_FH, order, chosen_e), None
+        order = self._arranged(shapes or (SINGLE,) * len(pixel_values_NChw), each)
+        features_FH, patches_F = self._encode_dealt(pixel_values_NChw, order.strides, order.rows, each)
+        return self.learned_tokens(features_FH, order, chosen_e), patches_F
+
+    def _arranged(self, shapes: Sequence[Shape], each: int | None) -> Arrangement:
+        """How embeddings are made of features, of which a tile has ``each`` where all are reduced alike."""
+        return arrange(self.geometry if each is None else dataclasses.replace(self.geometry, kept=each), shapes)
 
     def _encode_dealt(
         self, pixel_values_NChw: Tensor, strides: Sequence[int] | None, rows: Sequence[int], each: int | None = None
@@ -268,7 +273,7 @@ class LlavaModel(MegatronModule):
         chosen_e: Tensor | None,
         each: int | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Token and image embeddings in their places, [S, 1, H], and the patches of merged ones, as of ``encode_images``.
+        """Token and image embeddings in their places, [S, 1, H], and the patches [F] of merged ones, as of ``encode_images``.
 
         Args:
             input_ids_C: of this context-parallel rank.
@@ -282,11 +287,11 @@ class LlavaModel(MegatronModule):
         complete on each of them.
         """
         text_C1H = self.language_model.embedding(input_ids=input_ids_C[None], position_ids=None)
-        image_eH, patches_E = self.encode_images(pixel_values_NChw, shapes, chosen_e, each)
+        image_eH, patches_F = self.encode_images(pixel_values_NChw, shapes, chosen_e, each)
         hidden_C1H = text_C1H.index_copy(0, places_e, image_eH[:, None])
         if self.config.sequence_parallel:
             hidden_C1H = scatter_to_sequence_parallel_region(hidden_C1H, group=self.groups.tp)
-        return hidden_C1H, patches_E
+        return hidden_C1H, patches_F
 
     def forward(
         self,
@@ -303,8 +308,7 @@ class LlavaModel(MegatronModule):
 
         Args:
             input_ids_T: int64; the ids at image embeddings are overwritten by them.
-            position_ids_T: int64, from 0 in each sample, on from one token to the next; where reduced pictures keep positions
-                (``geometry.Geometry.offsets``), as of ``data.sample.positions``.
+            position_ids_T: int64, from 0 in each sample; where pictures are reduced those of ``geometry.Geometry.steps``.
             sample_lengths: tokens of each sample in order, padding included; sums to T.
             pixel_values_NChw: normalised pixels of the tiles of all media; N may be 0.
             image_index_E: int64, where in the stream each image embedding goes; on the host, like ``asked_Q``.
@@ -319,7 +323,8 @@ class LlavaModel(MegatronModule):
             of ``parallel.sequence.partition``.
         """
         device = input_ids_T.device
-        each = _embeddings_each(len(image_index_E), len(pixel_values_NChw)) if self.geometry.plain else None
+        shapes = shapes or (SINGLE,) * len(pixel_values_NChw)
+        each = self._features_each(len(image_index_E), len(pixel_values_NChw), shapes)
         samples = PackedSamples(sample_lengths=sample_lengths)
         own_C = None
         places_e, chosen_e = image_index_E, None  # of the image embeddings: here all
@@ -333,17 +338,18 @@ class LlavaModel(MegatronModule):
             input_ids_T = input_ids_T[own_C]
             labels_T = None if labels_T is None else labels_T[own_C]
         samples.asked = asked_Q.to(device, non_blocking=True)
-        hidden_S1H, patches_E, rows = None, None, self.carried_rows(len(position_ids_T))
+        hidden_S1H, patches_F, rows = None, None, self.carried_rows(len(position_ids_T))
+        merged_F = self._features_among(image_index_E, shapes, each) if self.positions_move else image_index_E
         if self.pre_process:
             places_e = places_e.to(device, non_blocking=True)
-            hidden_S1H, patches_E = self.embed(input_ids_T, pixel_values_NChw, shapes, places_e, chosen_e, each)
+            hidden_S1H, patches_F = self.embed(input_ids_T, pixel_values_NChw, shapes, places_e, chosen_e, each)
         elif self.received is not None:
-            received_S1H, patches_E = positions.take_off(self.received, rows, len(image_index_E))
+            received_S1H, patches_F = positions.take_off(self.received, rows, len(merged_F))
             self.received = None
             self.language_model.set_input_tensor(received_S1H)
         output = self.language_model(
             input_ids=None,
-            position_ids=self._positions(position_ids_T, sample_lengths, image_index_E, patches_E, each, own_C),
+            position_ids=self._positions(position_ids_T, sample_lengths, merged_F, patches_F, each, own_C),
             attention_mask=None,
             decoder_input=hidden_S1H,
             labels=None if labels_T is None else labels_T[None],
@@ -351,8 +357,8 @@ class LlavaModel(MegatronModule):
         )
         if self.post_process:
             return output[0]
-        if rows and patches_E is not None:
-            output = positions.append(output, patches_E, rows)
+        if rows and patches_F is not None:
+            output = positions.append(output, patches_F, rows)
         # A stage in which nothing is trained still hands its output on through the schedule's backward pass.
         return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_()
 
@@ -360,32 +366,40 @@ class LlavaModel(MegatronModule):
         self,
         position_ids_T: Tensor,
         sample_lengths: list[int],
-        image_index_E: Tensor,
-        patches_E: Tensor | None,
+        merged_F: Tensor,
+        patches_F: Tensor | None,
         each: int | None,
         own_C: Tensor | None,
     ) -> Tensor:
-        """Position ids [R, C] of this rank's tokens."""
+        """Position ids [R, C] of this rank's tokens; features stand at ``merged_F``, for ``patches_F`` where these are kept."""
         position_ids_RT = position_ids_T[None]
         if self.language_model.rotary_pos_emb.needs_lengths:
             position_ids_RT = torch.stack([position_ids_T, _length_of_each(sample_lengths, position_ids_T)])
-        if patches_E is not None and each:
-            index_E = image_index_E.to(position_ids_T.device, non_blocking=True)
-            position_ids_RT = torch.cat([positions.stand(position_ids_T, index_E, patches_E, each)[None], position_ids_RT[1:]])
+        if patches_F is not None and each:
+            merged_F = merged_F.to(position_ids_T.device, non_blocking=True)
+            position_ids_RT = torch.cat([positions.stand(position_ids_T, merged_F, patches_F, each)[None], position_ids_RT[1:]])
         return position_ids_RT if own_C is None else position_ids_RT[:, own_C]
+
+    def _features_each(self, places: int, tiles: int, shapes: Sequence[Shape]) -> int | None:
+        """Features of each tile where all have as many: the loader decides, and its placeholders say."""
+        geometry = self.geometry
+        if not tiles or not (geometry.plain or geometry.kept):
+            return None
+        learned = 0 if geometry.plain else sum(map(geometry.embeddings, shapes)) - tiles * geometry.rows(1)
+        if (places - learned) % tiles:
+            raise ValueError(f"{places - learned} places for the embeddings of {tiles} pictures: each needs as many")
+        return (places - learned) // tiles
+
+    def _features_among(self, image_index_E: Tensor, shapes: Sequence[Shape], each: int | None) -> Tensor:
+        """Where in the stream the embeddings go that are features and not learned tokens, [F], on the host."""
+        if self.geometry.plain:
+            return image_index_E
+        order = self._arranged(shapes, each)
+        return image_index_E[torch.from_numpy(order.index_E < sum(order.rows))]
 
     def full_logits(self, logits_QV: Tensor) -> Tensor:
         """One rank's part of the logits to all of them, [Q, vocab_size]; on the last stage only."""
         return gather_from_tensor_model_parallel_region(logits_QV, group=self.groups.tp)[:, : self.settings.language.vocab_size]
-
-
-def _embeddings_each(places: int, pictures: int) -> int | None:
-    """Embeddings of each tile of a batch: the loader decides, and its placeholders say."""
-    if not pictures:
-        return None
-    if places % pictures:
-        raise ValueError(f"{places} places for the embeddings of {pictures} pictures: each needs as many")
-    return places // pictures
 
 
 def _length_of_each(sample_lengths: list[int], position_ids_T: Tensor) -> Tensor:

@@ -303,10 +303,15 @@ class ModelSettings:
     def _reduction_problems(self) -> list[str]:
         vision, projector = self.vision, self.projector
         problems = []
-        if self.reduced_by and not self.geometry.plain:
+        grids = {
+            "anyres.merge other than flat": self.anyres is not None and self.anyres.merge != "flat",
+            "video.pool other than none": self.video.pool != "none",
+            "video.newline=grid": self.video.newline == "grid",
+        }
+        if self.reduced_by and any(grids.values()):
             problems.append(
-                f"{' and '.join(self.reduced_by)} would take the grid of features from anyres, video.pool, video.newline and "
-                "video.time_period; set either to null (video.pool=none, video.newline=no_token)"
+                f"{' and '.join(self.reduced_by)} would take the grid of features from "
+                f"{' and '.join(name for name, needed in grids.items() if needed)}; change one of them"
             )
         if projector.reduction is None:
             return problems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from llava_mcore.data.sample import positions_of
 from llava_mcore.data.shards import ShardDataset
 from llava_mcore.data.sources import open_blend
 from llava_mcore.data.tokenizer import Tokenizer
-from llava_mcore.geometry import Geometry
+from llava_mcore.geometry import SINGLE, Anyres, Frames, Geometry, Shape
 from llava_mcore.settings.schema import DataSettings
 
 IMAGE_ID = 3
@@ -63,6 +64,23 @@ def test_positions_go_on_as_after_all_patches(
     assert pictures > 10
 
 
+@pytest.mark.parametrize("geometry", [POOLED, MERGED])
+@pytest.mark.parametrize("newline", ["no_token", "frame", "one_token"])
+def test_a_medium_takes_as_many_positions_as_if_nothing_were_merged(geometry: Geometry, newline: Any) -> None:
+    geometry = replace(geometry, anyres=Anyres(((1, 2), (2, 2), (1, 3)), merge="flat"), video=Frames(newline=newline))
+    random = np.random.default_rng(2)
+    shapes = [
+        SINGLE,
+        *(Shape(*size) for size in random.integers(1, 200, (30, 2)).tolist()),
+        *(Shape(frames=n) for n in range(1, 9)),
+    ]
+    for shape in shapes:
+        steps = geometry.steps(shape)
+        assert len(steps) == geometry.embeddings(shape) and min(steps) >= 1
+        assert sum(steps) == replace(geometry, kept=None).embeddings(shape)
+        assert sum(steps) - len(steps) == geometry.tiles(shape) * geometry.skipped
+
+
 def test_counted_positions_are_as_they_were() -> None:
     for geometry in (
         Geometry(28, 4),
@@ -71,7 +89,7 @@ def test_counted_positions_are_as_they_were() -> None:
         replace(MERGED, kept=16),
     ):
         slots = np.arange(2, 2 + 2 * geometry.rows(1))
-        assert positions_of(40, slots, geometry).tolist() == list(range(40))
+        assert positions_of(40, slots, geometry, [SINGLE] * 2).tolist() == list(range(40))
 
 
 def test_a_sample_has_no_more_positions_than_the_decoder(dataset: ShardDataset, tokenizer: Tokenizer) -> None:

@@ -18,12 +18,14 @@ from llava_mcore.conversion.layouts import CONFIG, Source, recognise
 from llava_mcore.data.conversation import IGNORE
 from llava_mcore.data.loader import Piece, lay_out
 from llava_mcore.data.sample import positions_of
+from llava_mcore.geometry import SINGLE, Shape
 from llava_mcore.models.llava import build_model
 from llava_mcore.models.positions import append, rows_for, stand, take_off
 from llava_mcore.parallel import groups as process_groups
 from llava_mcore.parallel.groups import Groups
 from llava_mcore.platform import device
 from llava_mcore.settings.schema import ModelSettings, ParallelSettings, Pooling, TokenMerging
+from llava_mcore.settings.visual import AnyresSettings, VideoSettings
 from llava_mcore.training.checkpoint import model_state
 from llava_mcore.training.engine import forward_logits
 
@@ -118,15 +120,17 @@ def survivors(features_PH: torch.Tensor, projector: dict[str, Any]) -> tuple[lis
 
 
 @torch.no_grad()
-def expected(folder: Path, sample: oracle.Sample, projector: dict[str, Any]) -> torch.Tensor:
-    """Logits [L, V] of transformers' decoder over embeddings and positions made one by one."""
+def expected(
+    folder: Path, sample: oracle.Sample, projector: dict[str, Any], newline: torch.Tensor | None = None, every: int = 1
+) -> torch.Tensor:
+    """Logits [L, V] of transformers' decoder, embeddings and positions made one by one; a newline ends each ``every`` tiles."""
     from transformers import LlavaForConditionalGeneration
 
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     reduction = projector.get("token_merging") or projector["pooling"]
     project = model.model.multi_modal_projector
-    pictures = []
-    for pixels in sample.pixels:
+    pictures: list[tuple[list[int], torch.Tensor] | None] = []  # what the places of embeddings are for; None: a newline
+    for count, pixels in enumerate(sample.pixels, 1):
         features = model.model.vision_tower(pixels[None], output_hidden_states=True).hidden_states[-2][0, 1:]
         if reduction.where == "before":
             left, values = survivors(features, projector)
@@ -134,18 +138,21 @@ def expected(folder: Path, sample: oracle.Sample, projector: dict[str, Any]) -> 
         else:
             left, values = survivors(project(features), projector)
             pictures.append((left, torch.from_numpy(values).float()))
+        if newline is not None and count % every == 0:
+            pictures.append(None)
     rows, positions, at, number = [], [], 0, 0
     ids = sample.input_ids_L.tolist()
     while number < len(ids):
-        if ids[number] == oracle.IMAGE_TOKEN:
-            left, values = pictures.pop(0)
+        if ids[number] == oracle.IMAGE_TOKEN and (picture := pictures.pop(0)) is not None:
+            left, values = picture
             rows += list(values)
             kept = reduction.positions == "kept"
             positions += [at + (patch if kept else place) for place, patch in enumerate(left)]
             at += SIDE**2 if kept else len(left)
             number += len(left)
         else:
-            rows.append(model.get_input_embeddings().weight[ids[number]])
+            is_text = ids[number] != oracle.IMAGE_TOKEN
+            rows.append(model.get_input_embeddings().weight[ids[number]] if is_text else newline)
             positions.append(at)
             at, number = at + 1, number + 1
     assert not pictures
@@ -156,29 +163,58 @@ def expected(folder: Path, sample: oracle.Sample, projector: dict[str, Any]) -> 
     return model.lm_head(output.last_hidden_state[0])
 
 
-@pytest.mark.parametrize("name", REDUCTIONS)
-def test_equals_transformers_decoder(groups: Groups, hf: Path, name: str) -> None:
+def worst_of(
+    groups: Groups, hf: Path, name: str, samples: list[oracle.Sample], shapes: list[list[Shape]], every: int = 1, **changes: Any
+) -> float:
+    """Largest difference of any sample's logits over their largest value; ``changes`` are of the model's settings."""
     settings: ModelSettings = to_settings(recognise(Source(hf)).config, hf / CONFIG)
-    settings = dataclasses.replace(settings, projector=dataclasses.replace(settings.projector, **REDUCTIONS[name]))
-    each = settings.embeddings_per_image
-    samples = [
-        oracle.make_samples(each)[number] for number in (1, 2, 3, 4)
-    ]  # text around one, between two, none, pictures together
+    projector = dataclasses.replace(settings.projector, **REDUCTIONS[name])
+    settings = dataclasses.replace(settings, projector=projector, **changes)
     pieces = []
-    for sample in samples:
+    for sample, media in zip(samples, shapes, strict=True):
         ids = sample.input_ids_L.numpy()
         slots = np.flatnonzero(ids == oracle.IMAGE_TOKEN)
-        positions = positions_of(len(ids), slots, settings.geometry)
-        pieces.append(Piece(ids, np.full_like(ids, IGNORE), slots, sample.pixels.numpy(), positions_L=positions))
+        positions = positions_of(len(ids), slots, settings.geometry, media)
+        pieces.append(Piece(ids, np.full_like(ids, IGNORE), slots, sample.pixels.numpy(), media, positions))
     total = sum(len(piece.input_ids_L) for piece in pieces)
     model = build_model(settings, ParallelSettings(), "float32", groups).eval()
+    newline = next(iter(model)).learned_tokens.newline
+    if newline is not None:
+        torch.nn.init.normal_(newline)
     load_hf_into(model_state(model, groups), hf)
     batch = lay_out([pieces], total + 3, oracle.IMAGE_SIZE)
     (logits,) = forward_logits(model, [batch], [range(total)], groups, CPU)
     at, worst = 0, 0.0
     for sample in samples:
-        theirs = expected(hf, sample, REDUCTIONS[name])
+        theirs = expected(hf, sample, REDUCTIONS[name], newline, every)
         worst = max(worst, float((logits[at : at + len(theirs)] - theirs).abs().max() / theirs.abs().max()))
         at += len(theirs)
     print(f"\n{name}: {worst:.1e}")
-    assert worst < 1e-5
+    return worst
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_equals_transformers_decoder(groups: Groups, hf: Path, name: str) -> None:
+    reduction = REDUCTIONS[name].get("token_merging") or REDUCTIONS[name]["pooling"]
+    made = oracle.make_samples(reduction.kept(SIDE))
+    samples = [made[number] for number in (1, 2, 3, 4)]  # text around one picture, between two, of none, behind two
+    assert worst_of(groups, hf, name, samples, [[SINGLE] * len(sample.pixels) for sample in samples]) < 1e-5
+
+
+def sample_of(tiles: int, embeddings: int) -> oracle.Sample:
+    """One medium between two words and three."""
+    ids = torch.tensor([20, 21, *[oracle.IMAGE_TOKEN] * embeddings, 30, 31, 32])
+    pixels = torch.randn(tiles, 3, oracle.IMAGE_SIZE, oracle.IMAGE_SIZE, generator=torch.Generator().manual_seed(tiles))
+    return oracle.Sample(ids, torch.full_like(ids, IGNORE), pixels)
+
+
+@pytest.mark.parametrize("name", ["picture", "before, blocks", "counted", "average"])
+def test_frames_and_tiles_are_merged_each_alone(groups: Groups, hf: Path, name: str) -> None:
+    reduction = REDUCTIONS[name].get("token_merging") or REDUCTIONS[name]["pooling"]
+    each = reduction.kept(SIDE)
+    clip = [[Shape(frames=3)]]
+    by_frame = worst_of(groups, hf, name, [sample_of(3, 3 * each + 3)], clip, video=VideoSettings(newline="frame"))
+    by_clip = worst_of(groups, hf, name, [sample_of(3, 3 * each + 1)], clip, 3, video=VideoSettings(newline="one_token"))
+    wide = [[Shape(2 * oracle.IMAGE_SIZE, oracle.IMAGE_SIZE)]]
+    anyres = AnyresSettings(grids=[(1, 2)], merge="flat")
+    assert max(by_frame, by_clip, worst_of(groups, hf, name, [sample_of(3, 3 * each)], wide, anyres=anyres)) < 1e-5

@@ -16,7 +16,9 @@ from test_layouts import LENGTH, TOLERANCE, difference, settings
 
 from llava_mcore.data.loader import Batch
 from llava_mcore.data.sample import positions_of
+from llava_mcore.geometry import SINGLE, Shape
 from llava_mcore.settings.schema import Pooling, Settings, TokenMerging, TowerMerging
+from llava_mcore.settings.visual import VideoSettings
 
 STEPS = 1
 STREAMS = [[0, 1, 3], [2, 6], [4, 5], [7], [], [6, 3]]
@@ -26,6 +28,7 @@ MODES: dict[str, tuple[dict[str, Any], int]] = {  # settings, embeddings of a pi
     "merged before, blocks": ({"token_merging": TokenMerging(ratio=0.4, where="before", order="blocks")}, 10),
     "merged within windows": ({"token_merging": TokenMerging(ratio=0.5, scope="window")}, 8),
     "merged in the tower": ({"tower": TowerMerging(tokens=3)}, 10),
+    "merged in clips": ({"token_merging": TokenMerging(ratio=0.5), "video": VideoSettings(newline="frame")}, 9),
     "merged, positions counted": ({"token_merging": TokenMerging(ratio=0.5, positions="counted")}, 8),
     "averaged after": ({"pooling": Pooling(kind="average", where="after")}, 4),
     "pixel shuffle": ({"pooling": Pooling(kind="pixel_shuffle", positions="counted")}, 4),
@@ -40,19 +43,27 @@ def reduced(mode: str, parallel: dict[str, Any], **train: Any) -> Settings:
     """The settings of the other layouts' tests with a reduction."""
     run, chosen = settings(parallel, **train), dict(MODES[mode][0])
     vision = dataclasses.replace(run.model.vision, token_merging=chosen.pop("tower", None))
+    video = chosen.pop("video", run.model.video)
     projector = dataclasses.replace(run.model.projector, **chosen)
-    return dataclasses.replace(run, model=dataclasses.replace(run.model, vision=vision, projector=projector))
+    return dataclasses.replace(run, model=dataclasses.replace(run.model, vision=vision, projector=projector, video=video))
+
+
+def shape_of(run: Settings) -> Shape:
+    """Of every picture: one tile, or where frames are ended by a newline a clip of a frame."""
+    return SINGLE if run.model.video.newline == "no_token" else Shape(frames=1)
 
 
 def batches(run: Settings) -> list[Batch]:
     """With positions as of the loader."""
-    geometry = run.model.geometry
-    found = oracle.pack(oracle.make_samples(run.model.embeddings_per_image), STREAMS, LENGTH)
+    geometry, shape = run.model.geometry, shape_of(run)
+    each = geometry.embeddings(shape)
+    found = oracle.pack(oracle.make_samples(each), STREAMS, LENGTH)
     for batch in found:
         parts, at = [], 0
+        batch.shapes = [shape] * len(batch.pixel_values_NCHW)
         for length in batch.sample_lengths:
             slots = batch.image_index_E[(batch.image_index_E >= at) & (batch.image_index_E < at + length)] - at
-            parts.append(positions_of(length, slots.numpy(), geometry))
+            parts.append(positions_of(length, slots.numpy(), geometry, [shape] * (len(slots) // each)))
             at += length
         batch.position_ids_T = torch.from_numpy(np.concatenate(parts))
     return found
@@ -64,7 +75,7 @@ def alone() -> dict[str, dict[str, Any]]:
     found = {}
     for mode, (_, each) in MODES.items():
         run = reduced(mode, {})
-        assert run.model.embeddings_per_image == each
+        assert run.model.geometry.embeddings(shape_of(run)) == each
         (found[mode],) = ranks(1).run(ours.train, run, batches(run), STEPS)
     return found
 
@@ -100,10 +111,11 @@ def test_a_ratio_of_zero_changes_no_bit() -> None:
         assert torch.equal(one, other)
 
 
-def test_the_batch_says_how_many_stay() -> None:
+@pytest.mark.parametrize("mode", ["merged after", "merged in clips"])
+def test_the_batch_says_how_many_stay(mode: str) -> None:
     """As in a schedule: the same settings, pictures of 16, 12 and 8 embeddings in turn, each run like those settings' own."""
     for each, ratio in ((16, 0.0), (12, 0.25), (8, 0.5)):
-        scheduled, fixed = (reduced("merged after", {}) for _ in range(2))
+        scheduled, fixed = (reduced(mode, {}) for _ in range(2))
         scheduled.model.projector.token_merging = TokenMerging(ratio=0.5, schedule_steps=10)
         fixed.model.projector.token_merging = TokenMerging(ratio=ratio)
         assert fixed.model.embeddings_per_image == each

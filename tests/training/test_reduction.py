@@ -180,7 +180,11 @@ def test_export_says_what_transformers_lacks(
         ),
         (
             ["model.vision.token_merging={tokens: 2}", "model.video.pool=average"],
-            "vision.token_merging would take the grid of features from anyres, video.pool",
+            "vision.token_merging would take the grid of features from video.pool other than none; change one of them",
+        ),
+        (
+            ["model.vision.token_merging={tokens: 2}", "model.video.newline=grid", "model.anyres.merge=spatial"],
+            "the grid of features from anyres.merge other than flat and video.newline=grid",
         ),
         (["model.projector.pooling={kind: max}", "model.vision.select_feature=cls_patch"], "set vision.select_feature=patch"),
         (["model.projector.pooling={kind: max}", "model.vision.token_merging={tokens: 2}"], "no grid of patches"),
