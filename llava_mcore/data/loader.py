@@ -41,9 +41,7 @@ class Batch:
 
     input_ids_T: Tensor  # int64; image_token_id at every image embedding; 0 in the padding
     labels_T: Tensor  # int64, pre-shifted, -100 where nothing is predicted
-    position_ids_T: (
-        Tensor  # int64, from 0 in each sample and in each stream's padding tail; of merged patches about (geometry.py)
-    )
+    position_ids_T: Tensor  # int64, from 0 in each sample and each stream's padding tail; of merged patches as geometry.py says
     sample_lengths: list[int]  # sums to T; a stream's padding tail is a segment of its own, no sample crosses streams
     image_index_E: Tensor  # int64, where in T each image embedding goes, picture after picture
     pixel_values_NCHW: Tensor  # float32

@@ -310,11 +310,11 @@ class LlavaModel(MegatronModule):
             input_ids_T: int64; the ids at image embeddings are overwritten by them.
             position_ids_T: int64, from 0 in each sample; where pictures are reduced those of ``geometry.Geometry.steps``.
             sample_lengths: tokens of each sample in order, padding included; sums to T.
-            pixel_values_NChw: normalised pixels of the tiles of all media; N may be 0.
+            pixel_values_NChw: normalised pixels of the tiles of all media; N may be 0. Only the first stage looks at them.
             image_index_E: int64, where in the stream each image embedding goes; on the host, like ``asked_Q``.
             asked_Q: int64, the tokens whose loss or logits are wanted.
             labels_T: int64, already shifted; anything where nothing is asked.
-            shapes: of the media, in order; none given: every tile is a picture.
+            shapes: of the media, in order, on all stages; none given: every tile is a picture.
 
         Returns:
             on the last stage the loss of each token [C] in float32 (0 where it is not asked for), or without labels the logits
@@ -324,7 +324,7 @@ class LlavaModel(MegatronModule):
         """
         device = input_ids_T.device
         shapes = shapes or (SINGLE,) * len(pixel_values_NChw)
-        each = self._features_each(len(image_index_E), len(pixel_values_NChw), shapes)
+        each = self._features_each(len(image_index_E), shapes)
         samples = PackedSamples(sample_lengths=sample_lengths)
         own_C = None
         places_e, chosen_e = image_index_E, None  # of the image embeddings: here all
@@ -380,9 +380,12 @@ class LlavaModel(MegatronModule):
             position_ids_RT = torch.cat([positions.stand(position_ids_T, merged_F, patches_F, each)[None], position_ids_RT[1:]])
         return position_ids_RT if own_C is None else position_ids_RT[:, own_C]
 
-    def _features_each(self, places: int, tiles: int, shapes: Sequence[Shape]) -> int | None:
+    def _features_each(self, places: int, shapes: Sequence[Shape]) -> int | None:
         """Features of each tile where all have as many: the loader decides, and its placeholders say."""
         geometry = self.geometry
+        tiles = sum(map(geometry.tiles, shapes))
+        if not tiles and places and self.positions_move:
+            raise ValueError(f"{places} places for the embeddings of merged pictures, but no shapes of these")
         if not tiles or not (geometry.plain or geometry.kept):
             return None
         learned = 0 if geometry.plain else sum(map(geometry.embeddings, shapes)) - tiles * geometry.rows(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,8 @@ def train(settings: Settings, batches: list[Batch], steps: int) -> dict[str, Any
     derived = derive(settings, 1000, dist.get_world_size())
     optimizer, scheduler = build_optimizer(ddp, settings.train, settings.parallel, derived, groups)
     mine = batches[groups.dp.rank() :: groups.dp.size()]
+    if not groups.is_first_stage:  # which alone gets pixels (parallel/broadcast.py)
+        mine = [replace(batch, pixel_values_NCHW=batch.pixel_values_NCHW[:0]) for batch in mine]
     losses, norms, gradients = [], [], []
     for step in range(steps):
         for part in ddp:

@@ -129,3 +129,8 @@ def test_uneven_places_are_refused() -> None:
     bad[0].image_index_E = bad[0].image_index_E[:-1]
     with pytest.raises(AssertionError, match="15 places for the embeddings of 2 pictures: each needs as many"):
         ranks(1).run(ours.train, run, bad, 1)
+    unknown = batches(run)
+    for batch in unknown:  # as a later stage has it, were the shapes left out
+        batch.shapes, batch.pixel_values_NCHW = [], batch.pixel_values_NCHW[:0]
+    with pytest.raises(AssertionError, match="16 places for the embeddings of merged pictures, but no shapes of these"):
+        ranks(1).run(ours.train, run, unknown, 1)
