@@ -116,9 +116,9 @@ class DataSettings:
         "average; 0: every step is packed alone and has exactly as many",
     )
     streams_multiple: Positive = Field(
-        1,
-        description="streams of a step come in groups of so many, where a window has enough: "
-        "with the data-parallel size no rank gets an empty one",
+        8,
+        description="streams of a step come in groups of so many, halved until a step has two groups on average: at data-parallel "
+        "sizes that divide it every rank gets as many",
     )
     shuffle: bool = Field(True, description="a new order every epoch; false: the order of the shards")
     shuffle_shards: Positive = Field(16, description="shards whose samples are mixed with each other; all are read at a time")
