@@ -117,8 +117,8 @@ class DataSettings:
     )
     streams_multiple: Positive = Field(
         8,
-        description="streams of a step come in groups of so many, halved until a step has two groups on average: at data-parallel "
-        "sizes that divide it every rank gets as many",
+        description="streams of a step come in groups of so many, halved until a step has two groups on average: every rank gets "
+        "as many at data-parallel sizes that divide it",
     )
     shuffle: bool = Field(True, description="a new order every epoch; false: the order of the shards")
     shuffle_shards: Positive = Field(16, description="shards whose samples are mixed with each other; all are read at a time")
@@ -135,8 +135,8 @@ class DataSettings:
     decode_threads: Positive = Field(2, description="threads that decode pictures")
     decoder: Literal["auto", "dali", "python"] = Field(
         "auto",
-        description="what decodes and resizes: python (Pillow, PyAV; the pixels of transformers' processor to the bit), dali (DALI "
-        "where it can, and a fast resize within 2/255 of those), or auto: as dali, with the same bits where DALI is not installed",
+        description="what decodes and resizes: python (Pillow, PyAV; the pixels of transformers' processor to the bit), dali "
+        "(DALI where it can, a fast resize within 2/255 of those), or auto: as dali, with the same bits where it is not installed",
     )
     decode_on: Literal["cpu", "gpu"] = Field("cpu", description="where DALI decodes; gpu: by nvJPEG and NVDEC")
     video_frames: Positive = Field(8, description="frames of a video, at most")
