@@ -136,7 +136,7 @@ class DataSettings:
     decoder: Literal["auto", "dali", "python"] = Field(
         "auto",
         description="what decodes and resizes: python (Pillow, PyAV; the pixels of transformers' processor to the bit), dali "
-        "(DALI where it can, a fast resize within 2/255 of those), or auto: as dali, with the same bits where it is not installed",
+        "(DALI where it can, a fast resize within 2/255 of those), or auto: as dali, the same bits where it is not installed",
     )
     decode_on: Literal["cpu", "gpu"] = Field("cpu", description="where DALI decodes; gpu: by nvJPEG and NVDEC")
     video_frames: Positive = Field(8, description="frames of a video, at most")
