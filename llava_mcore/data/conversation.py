@@ -333,6 +333,14 @@ def encode_prompt_of(
     return _tokenize(_segments(conversations, tokenizer, how, media), tokenizer, how, media, image_token_id)[0]
 
 
+def answer_end(how: Rendering) -> str:
+    """The text that ends an answer where no end-of-sequence token does; else nothing, as after a tokenizer's own template."""
+    if how.template == CHAT_TEMPLATE:
+        return ""
+    template = TEMPLATES[how.template]
+    return template.mark or template.end.replace("{eos}", "").strip(" ")
+
+
 def encode_conversation(
     conversations: Any, tokenizer: Tokenizer, template: str, *, num_images: int, image_tokens_each: int, image_token_id: int
 ) -> EncodedSample:
