@@ -146,6 +146,9 @@ class DataSettings:
         "of equal duration (time), or so many a second (fps)",
     )
     video_fps: float = Field(1.0, gt=0, description="frames of a video a second, where video_frames_by is fps")
+    video_time_instruction: bool = Field(
+        False, description="after a video stands how long it is and when its frames are shown, in LLaVA-Video's words"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DataSettings:
@@ -156,6 +159,11 @@ class DataSettings:
             weighted = [source.weight is not None for source in self.mixture]
             if len(given) > 1 or any(weighted) != all(weighted):
                 problems.append("mixture: give every dataset a weight, or none and epochs where they are not 1")
+        if self.video_time_instruction and self.video_frames_by == "segments":
+            problems.append(
+                "video_time_instruction needs the same frames in every epoch, as its text is counted before the run: set "
+                "video_frames_by to uniform, time or fps"
+            )
         fail_on(problems)
         return self
 
