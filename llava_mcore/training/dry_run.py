@@ -365,7 +365,7 @@ def _describe_step(page: _Page, settings: Settings, tokenizer: Any, step: Any) -
         ranks, real = settings.parallel.context, sum(len(batch.input_ids_T) for batch in step.batches)
         padded = len(step.batches) * max(padded_tokens(batch.sample_lengths, ranks, multiple) for batch in step.batches)
         exchange = f"parallel.context_exchange={settings.parallel.context_exchange}"
-        page.row("exchange padding", f"{padded - real:,} tokens on {real:,} slots of this rank, for {exchange}")
+        page.row("exchange padding", f"{padded - real:,} tokens beside {real:,} slots of this rank, for {exchange}")
     page.row("image embeddings", f"{step.visual_tokens:,} of those tokens, of {step.pictures:,} pictures, tiles and frames")
     page.row("micro-batches", f"{len(step.batches)} on this rank, {supervised:,} tokens predicted")
     # Other ranks' labels are not known here; they are taken to be as dense as this rank's.

@@ -26,7 +26,7 @@ from llava_mcore.training.checkpoint import sharding_metadata
 from llava_mcore.training.engine import distribute, forward_backward
 from llava_mcore.training.optimizer import build_optimizer
 
-LENGTHS = [200, 88, 224]
+LENGTHS = [201, 86, 225]  # over two context-parallel ranks, Transformer Engine's exchange needs padding in each
 PICTURE = 16  # embeddings of a picture
 
 
@@ -93,8 +93,13 @@ class Subject:
             prepare(self.model, self.groups)
         self.ddp = distribute(self.model, run.parallel, self.groups)
 
+    def own_tokens(self) -> torch.Tensor:
+        """Which tokens of ``batch()`` this context-parallel rank computes, T where it holds padding: int64 [C] on the host."""
+        (part,) = self.model
+        return torch.from_numpy(part.split(LENGTHS).tokens(self.groups.cp.rank()))
+
     def token_losses(self, batch_: Batch) -> torch.Tensor:
-        """[T], float32."""
+        """Of this rank's tokens, [C], float32."""
         (part,) = self.model
         with torch.no_grad():
             return part(
@@ -112,7 +117,7 @@ class Subject:
         losses_T = self.token_losses(batch())
         for part in self.ddp:
             part.zero_grad_buffer()
-        forward_backward(self.ddp, [batch()], self.groups, self.device)
+        forward_backward(self.ddp, [batch()], self.groups, self.device, force_all_reduce=True)
         named = {_fused_name(name): parameter.main_grad.clone() for name, parameter in self.model.named_parameters()}
         return Result(losses_T, named)
 
