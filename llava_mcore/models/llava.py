@@ -41,6 +41,7 @@ from llava_mcore.models.vision import VisionTower
 from llava_mcore.parallel.encoder import deal, gather_embeddings
 from llava_mcore.parallel.groups import Groups
 from llava_mcore.parallel.sequence import Partition, padded_tokens, partition, stream_multiple
+from llava_mcore.platform.copies import upload
 from llava_mcore.settings.schema import ModelSettings, ParallelSettings, PrecisionSettings
 
 
@@ -182,7 +183,7 @@ class LlavaModel(MegatronModule):
         if self.geometry.plain:
             each = self.settings.embeddings_per_image if each is None else each
             image_EH = self._encode_dealt(pixel_values_NChw, None, [each] * len(pixel_values_NChw), each)
-            return image_EH if chosen_e is None else image_EH[chosen_e.to(image_EH.device, non_blocking=True)]
+            return image_EH if chosen_e is None else image_EH[upload(chosen_e, image_EH.device)]
         order = arrange(self.geometry, shapes or (SINGLE,) * len(pixel_values_NChw))
         features_FH = self._encode_dealt(pixel_values_NChw, order.strides, order.rows)
         return self.learned_tokens(features_FH, order, chosen_e)
@@ -298,14 +299,13 @@ class LlavaModel(MegatronModule):
             own_C = torch.from_numpy(split.tokens(self.groups.cp.rank()))
             places_e, chosen_e = _places_among(own_C, image_index_E, len(input_ids_T))
             asked_Q, _ = _places_among(own_C, asked_Q, len(input_ids_T))
-            own_C = own_C.to(device, non_blocking=True)
+            own_C = upload(own_C, device)
             input_ids_T, position_ids_T = _taken(input_ids_T, own_C), _taken(position_ids_T, own_C)
             labels_T = None if labels_T is None else _taken(labels_T, own_C)
         position_ids_RT = position_ids_T[None]
         if self.language_model.rotary_pos_emb.needs_lengths:
             position_ids_RT = torch.stack([position_ids_T, _length_of_each(sample_lengths, own_C, position_ids_T.device)])
-        samples.asked = asked_Q.to(device, non_blocking=True)
-        places_e = places_e.to(device, non_blocking=True)
+        samples.asked, places_e = upload(asked_Q, device), upload(places_e, device)
         output = self.language_model(
             input_ids=None,
             position_ids=position_ids_RT,
@@ -344,7 +344,7 @@ def _embeddings_each(places: int, pictures: int) -> int | None:
 
 def _length_of_each(sample_lengths: list[int], own_C: Tensor | None, device: torch.device) -> Tensor:
     """For each of this rank's tokens the length of the whole sample it belongs to."""
-    lengths = torch.tensor(sample_lengths, device=device)
+    lengths = upload(torch.tensor(sample_lengths), device)
     lengths_T = lengths.repeat_interleave(lengths, output_size=sum(sample_lengths))
     return lengths_T if own_C is None else _taken(lengths_T, own_C)
 

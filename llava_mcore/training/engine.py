@@ -22,6 +22,7 @@ from llava_mcore.models.llava import LlavaModel, ModelParts
 from llava_mcore.parallel import sequence
 from llava_mcore.parallel.encoder import reduce_gradients
 from llava_mcore.parallel.groups import Groups
+from llava_mcore.platform.copies import upload
 from llava_mcore.settings.schema import ParallelSettings
 
 
@@ -169,13 +170,13 @@ def _apply(
     model: nn.Module, batch: Batch, device: torch.device, asked_Q: Tensor, labels_T: Tensor | None, padded_to: int | None
 ) -> Tensor:
     return model(
-        batch.input_ids_T.to(device, non_blocking=True),
-        batch.position_ids_T.to(device, non_blocking=True),
+        upload(batch.input_ids_T, device),
+        upload(batch.position_ids_T, device),
         batch.sample_lengths,
-        batch.pixel_values_NCHW.to(device, non_blocking=True),
+        upload(batch.pixel_values_NCHW, device),
         batch.image_index_E,
         asked_Q,
-        None if labels_T is None else labels_T.to(device, non_blocking=True),
+        None if labels_T is None else upload(labels_T, device),
         batch.shapes,
         padded_to,
     )

@@ -1,4 +1,4 @@
-"""On two GPUs: context-parallel ranks give what one gives, by our exchange and by Transformer Engine's, and keep samples apart."""
+"""On two GPUs: context-parallel ranks give what one gives, by our exchange or Transformer Engine's, and keep samples apart."""
 
 from __future__ import annotations
 
