@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from llava_mcore.data.loader import Batch
+from llava_mcore.models.backend import TE, installed
 from llava_mcore.models.config import Recompute
 from llava_mcore.models.initialize import initialize
 from llava_mcore.models.llava import ModelParts, build_model
@@ -142,9 +143,16 @@ class Subject:
 
 
 def forget_attention_choice() -> None:
-    """Megatron-Core keeps the choice in the environment and refuses another in the same process."""
+    """Megatron-Core keeps the choice in the environment and refuses another in the same process.
+
+    Transformer Engine reads it there, and not again for a call of the same shapes and masks as the one before.
+    """
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         os.environ.pop(name, None)
+    if TE in installed():
+        from transformer_engine.pytorch.attention.dot_product_attention import _attention_backends
+
+        _attention_backends["attention_params"] = None
 
 
 def _fused_name(name: str) -> str:
