@@ -8,6 +8,8 @@ Over context-parallel ranks Transformer Engine attends by exchanges of its own (
 Jacobs et al., 2023, https://arxiv.org/abs/2309.14509). Its ``all_gather`` and its ``a2a+p2p`` take no packed samples, so they are
 not offered. The two count on samples of a multiple of twice the ranks. parallel/sequence.py makes ours such by padding each at
 its end; as no token sees what comes after it, padding may pass for a part of the sample, and no kernel has to leave out holes.
+Its ``a2a`` reads the boundaries of the samples back to the host, one by one and in every layer, so that many short samples are
+better served by ``p2p``.
 
 Shape suffixes: S stream (or patches), B rows of a batch, N query heads, G key/value heads, D width of a head.
 """
