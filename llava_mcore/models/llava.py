@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, scatter_to_sequence_parallel_region
@@ -39,7 +40,8 @@ from llava_mcore.models.reduction.picture import reduce_grid
 from llava_mcore.models.vision import VisionTower
 from llava_mcore.parallel.encoder import deal, gather_embeddings
 from llava_mcore.parallel.groups import Groups
-from llava_mcore.parallel.sequence import partition
+from llava_mcore.parallel.sequence import Partition, padded_tokens, partition, stream_multiple
+from llava_mcore.platform.copies import upload
 from llava_mcore.settings.schema import ModelSettings, ParallelSettings, PrecisionSettings
 
 
@@ -121,6 +123,7 @@ class LlavaModel(MegatronModule):
         config = decoder_config(model, parallel, DTYPES[dtype], recompute, precision)
         super().__init__(config)
         self.settings, self.parallel = model, parallel
+        self.stream_multiple = stream_multiple(parallel, precision)
         self.groups = groups
         self.tp_group = groups.tp
         self.vp_stage = vp_stage if parallel.virtual_pipeline > 1 else None
@@ -180,7 +183,7 @@ class LlavaModel(MegatronModule):
         if self.geometry.plain:
             each = self.settings.embeddings_per_image if each is None else each
             image_EH = self._encode_dealt(pixel_values_NChw, None, [each] * len(pixel_values_NChw), each)
-            return image_EH if chosen_e is None else image_EH[chosen_e.to(image_EH.device, non_blocking=True)]
+            return image_EH if chosen_e is None else image_EH[upload(chosen_e, image_EH.device)]
         order = arrange(self.geometry, shapes or (SINGLE,) * len(pixel_values_NChw))
         features_FH = self._encode_dealt(pixel_values_NChw, order.strides, order.rows)
         return self.learned_tokens(features_FH, order, chosen_e)
@@ -263,6 +266,7 @@ class LlavaModel(MegatronModule):
         asked_Q: Tensor,
         labels_T: Tensor | None = None,
         shapes: Sequence[Shape] = (),
+        padded_to: int | None = None,
     ) -> Tensor:
         """One micro-batch through the part of the model this rank holds.
 
@@ -275,11 +279,13 @@ class LlavaModel(MegatronModule):
             asked_Q: int64, the tokens whose loss or logits are wanted.
             labels_T: int64, already shifted; anything where nothing is asked.
             shapes: of the media, in order; none given: every tile is a picture.
+            padded_to: tokens after padding for Transformer Engine's exchange, the same for all micro-batches of a step (None: as
+                many as this one needs).
 
         Returns:
             on the last stage the loss of each token [C] in float32 (0 where it is not asked for), or without labels the logits
             [Q, V] of those among the asked tokens that this rank holds; on other stages the activations [S, 1, H]. C is T where
-            there is no context parallelism; with it the tokens are those of ``parallel.sequence.partition``.
+            there is no context parallelism; with it the tokens are those of :meth:`split`.
         """
         device = input_ids_T.device
         each = _embeddings_each(len(image_index_E), len(pixel_values_NChw)) if self.geometry.plain else None
@@ -287,19 +293,19 @@ class LlavaModel(MegatronModule):
         own_C = None
         places_e, chosen_e = image_index_E, None  # of the image embeddings: here all
         if self.groups.cp.size() > 1:
-            samples.partition = partition(tuple(sample_lengths), self.groups.cp.size())
+            split = self.split(sample_lengths, padded_to)
+            samples = PackedSamples(sample_lengths=list(split.sample_lengths), partition=split)
             samples.cp_group, samples.exchange = self.groups.cp, self.parallel.context_exchange
-            own_C = torch.from_numpy(samples.partition.index(self.groups.cp.rank()))
+            own_C = torch.from_numpy(split.tokens(self.groups.cp.rank()))
             places_e, chosen_e = _places_among(own_C, image_index_E, len(input_ids_T))
             asked_Q, _ = _places_among(own_C, asked_Q, len(input_ids_T))
-            own_C = own_C.to(device, non_blocking=True)
-            input_ids_T, position_ids_T = input_ids_T[own_C], position_ids_T[own_C]
-            labels_T = None if labels_T is None else labels_T[own_C]
+            own_C = upload(own_C, device)
+            input_ids_T, position_ids_T = _taken(input_ids_T, own_C), _taken(position_ids_T, own_C)
+            labels_T = None if labels_T is None else _taken(labels_T, own_C)
         position_ids_RT = position_ids_T[None]
         if self.language_model.rotary_pos_emb.needs_lengths:
             position_ids_RT = torch.stack([position_ids_T, _length_of_each(sample_lengths, own_C, position_ids_T.device)])
-        samples.asked = asked_Q.to(device, non_blocking=True)
-        places_e = places_e.to(device, non_blocking=True)
+        samples.asked, places_e = upload(asked_Q, device), upload(places_e, device)
         output = self.language_model(
             input_ids=None,
             position_ids=position_ids_RT,
@@ -314,6 +320,13 @@ class LlavaModel(MegatronModule):
             return output[0]
         # A stage in which nothing is trained still hands its output on through the schedule's backward pass.
         return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_()
+
+    def split(self, sample_lengths: Sequence[int], padded_to: int | None = None) -> Partition:
+        """Which context-parallel rank holds which tokens of a micro-batch; the arguments are those of ``forward``."""
+        size = self.groups.cp.size()
+        if self.stream_multiple is None:
+            return partition(sample_lengths, size)
+        return partition(sample_lengths, size, padded_to or padded_tokens(sample_lengths, size, self.stream_multiple))
 
     def full_logits(self, logits_QV: Tensor) -> Tensor:
         """One rank's part of the logits to all of them, [Q, vocab_size]; on the last stage only."""
@@ -331,14 +344,19 @@ def _embeddings_each(places: int, pictures: int) -> int | None:
 
 def _length_of_each(sample_lengths: list[int], own_C: Tensor | None, device: torch.device) -> Tensor:
     """For each of this rank's tokens the length of the whole sample it belongs to."""
-    lengths = torch.tensor(sample_lengths, device=device)
+    lengths = upload(torch.tensor(sample_lengths), device)
     lengths_T = lengths.repeat_interleave(lengths, output_size=sum(sample_lengths))
-    return lengths_T if own_C is None else lengths_T[own_C]
+    return lengths_T if own_C is None else _taken(lengths_T, own_C)
+
+
+def _taken(tensor_T: Tensor, own_C: Tensor) -> Tensor:
+    """A rank's tokens; 0 where it holds padding, which is the token past the last."""
+    return F.pad(tensor_T, (0, 1))[own_C]
 
 
 def _places_among(own_C: Tensor, index_Q: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """Where those of the stream's tokens ``index_Q`` that are among this rank's ``own_C`` lie there, and which they are."""
-    place_of_T = torch.full((total,), -1, dtype=torch.int64)
+    place_of_T = torch.full((total + 1,), -1, dtype=torch.int64)  # and the place of padding
     place_of_T[own_C] = torch.arange(len(own_C))
     places_Q = place_of_T[index_Q]
     chosen_q = (places_Q >= 0).nonzero()[:, 0]

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llava_mcore.platform.copies import upload
+
 
 @lru_cache(maxsize=64)
 def deal(costs: tuple[float, ...], size: int) -> tuple[tuple[int, ...], ...]:
@@ -99,7 +101,7 @@ def gather_embeddings(
         start_of[picture] = at
         at += embeddings_each[picture]
     order = [torch.arange(start_of[picture], start_of[picture] + each) for picture, each in enumerate(embeddings_each)]
-    return _Gather.apply(own_eH, counts, torch.cat(order).to(own_eH.device), group, cp)
+    return _Gather.apply(own_eH, counts, upload(torch.cat(order), own_eH.device), group, cp)
 
 
 def reduce_gradients(parameters: Iterable[nn.Parameter], tp: dist.ProcessGroup) -> None:

@@ -237,8 +237,10 @@ class ParallelSettings:
     pipeline_split: Literal["even", "auto"] | list[NonNegative] = Field(
         "even", description="decoder layers of each stage: even, auto (by cost, the encoder counted), or a list in decoder order"
     )
-    context_exchange: Literal["all_gather", "ring"] = Field(
-        "all_gather", description="how context-parallel ranks see each other's keys and values"
+    context_exchange: Literal["all_gather", "ring", "p2p", "a2a"] = Field(
+        "all_gather",
+        description="how context-parallel ranks see each other's keys and values: all_gather or ring on any backend, or "
+        "Transformer Engine's p2p (a ring) or a2a (each rank gets whole samples for its share of the heads)",
     )
     encoder: Literal["data_parallel", "tensor_parallel"] = Field(
         "data_parallel",
@@ -267,6 +269,11 @@ class ParallelSettings:
     def sequence_parallel(self) -> bool:
         """Whether activations between tensor-parallel regions are split along the stream."""
         return self.sequence and self.tensor > 1
+
+    @property
+    def te_exchange(self) -> str | None:
+        """Transformer Engine's scheme where ``context_exchange`` is one of its own and there is something to exchange."""
+        return self.context_exchange if self.context > 1 and self.context_exchange in ("p2p", "a2a") else None
 
     @property
     def chunks(self) -> int:
