@@ -88,11 +88,15 @@ def settings_of(
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids with placeholders for at most one picture; the labels are not shifted, as transformers wants them."""
+    """Token ids with placeholders for at most one picture; the labels are not shifted, as transformers wants them.
+
+    The positions are those of the decoder, counted where there are none.
+    """
 
     input_ids_L: np.ndarray
     labels_L: np.ndarray
     pixels: np.ndarray  # float32 [pictures, 3, size, size]
+    positions_L: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids_L)
@@ -100,7 +104,8 @@ class Sample:
     def piece(self) -> Piece:
         """The sample as the loader lays it into a stream."""
         shifted_L = np.append(self.labels_L[1:], IGNORE)
-        return Piece(self.input_ids_L, shifted_L, np.flatnonzero(self.input_ids_L == IMAGE), self.pixels)
+        slots_E = np.flatnonzero(self.input_ids_L == IMAGE)
+        return Piece(self.input_ids_L, shifted_L, slots_E, self.pixels, positions_L=self.positions_L)
 
 
 def make_sample(model: ModelSettings, text: int, picture: bool, random: np.random.Generator) -> Sample:
@@ -147,11 +152,11 @@ class DecoderOnly(LlavaModel):
         shapes: Sequence[Shape] = (),
         chosen_e: Tensor | None = None,
         each: int | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, None]:
         """No embeddings [0, H]; LlavaModel would encode a blank picture to keep ranks in step."""
         if len(pixel_values_NChw):
             raise ValueError(f"{len(pixel_values_NChw)} pictures in a text-only run")
-        return pixel_values_NChw.new_zeros(0, self.config.hidden_size)
+        return pixel_values_NChw.new_zeros(0, self.config.hidden_size), None
 
 
 class Ours:

@@ -304,11 +304,11 @@ def _encode_on_rank(rank: int, size: int, port: int, settings: Settings, plan: P
     size_px = settings.model.vision.image_size
     pixels = torch.randn(plan.pictures, 3, size_px, size_px, generator=torch.Generator().manual_seed(5))
 
-    def measure(encode: Callable[[torch.Tensor], torch.Tensor], dealt: bool) -> torch.Tensor:
+    def measure(encode: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]], dealt: bool) -> torch.Tensor:
         model.zero_grad()
         torch.distributed.barrier()
         cpu, wall = time.process_time(), time.perf_counter()
-        encode(pixels).square().mean().backward()
+        encode(pixels)[0].square().mean().backward()
         if dealt:
             for parameter in projector:
                 parameter.main_grad = parameter.grad  # type: ignore[attr-defined]

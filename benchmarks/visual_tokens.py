@@ -23,6 +23,8 @@ from _step import BOS, CPU, IMAGE, Ours, Sample, padded, settings_of
 from PIL import Image
 
 from llava_mcore.data.conversation import IGNORE
+from llava_mcore.data.sample import positions_of
+from llava_mcore.geometry import SINGLE
 from llava_mcore.models.llava import ModelParts
 from llava_mcore.models.reduction.picture import merge_grid
 from llava_mcore.parallel import groups as process_groups
@@ -115,7 +117,8 @@ def samples(images: np.ndarray, digits: np.ndarray, model: ModelSettings) -> lis
         ids = np.array([BOS, *[IMAGE] * model.embeddings_per_image, *QUESTION, FIRST_DIGIT + digit], dtype=np.int64)
         labels = np.full_like(ids, IGNORE)
         labels[-1] = ids[-1]
-        found.append(Sample(ids, labels, np.repeat(np.asarray(picture)[None, None], 3, axis=1)))
+        positions = positions_of(len(ids), np.flatnonzero(ids == IMAGE), model.geometry, [SINGLE])
+        found.append(Sample(ids, labels, np.repeat(np.asarray(picture)[None, None], 3, axis=1), positions))
     return found
 
 
@@ -168,13 +171,14 @@ def score(plan: Plan, ours: Ours) -> float:
 
 
 def reduction_of(name: str) -> TokenMerging | Pooling | None:
-    """``merge 0.5``, ``merge 0.5 within windows``, ``average 2x2`` or ``every patch``."""
+    """``merge 0.5``, ``merge 0.5 within windows``, ``average 2x2``, each perhaps with `` counted`` behind, or ``every patch``."""
     kind, *rest = name.split()
     if kind == "every":
         return None
+    positions = "counted" if rest[-1] == "counted" else "kept"
     if kind == "average":
-        return Pooling(kind="average", stride=int(rest[0][0]), where="after")
-    return TokenMerging(ratio=float(rest[0]), scope="window" if len(rest) > 1 else "picture")
+        return Pooling(kind="average", stride=int(rest[0][0]), where="after", positions=positions)
+    return TokenMerging(ratio=float(rest[0]), scope="window" if "windows" in rest else "picture", positions=positions)
 
 
 # ---- the measures ----
@@ -218,7 +222,7 @@ def merge_share(quick: bool) -> Measure:
 
     def merge(_: int) -> float:
         started = time.perf_counter()
-        merge_grid(features, plan.timed_side, kept, merging).backward(gradient)
+        merge_grid(features, plan.timed_side, kept, merging)[0].backward(gradient)
         return time.perf_counter() - started
 
     def step(_: int) -> float:
@@ -251,6 +255,8 @@ MEASURES = {
     "accuracy_half_merged": partial(learned, reduction="merge 0.5", peer="every patch", at_least=0.99),
     "accuracy_half_within_windows": partial(learned, reduction="merge 0.5 within windows", peer="every patch", at_least=0.99),
     "accuracy_three_quarters_merged": partial(learned, reduction="merge 0.75", peer="every patch", at_least=0.99),
+    "accuracy_half_against_counted": partial(learned, reduction="merge 0.5", peer="merge 0.5 counted", at_least=1.0),
+    "accuracy_pooled_against_counted": partial(learned, reduction="average 2x2", peer="average 2x2 counted", at_least=1.0),
     "accuracy_against_pooling": partial(learned, reduction="merge 0.75", peer="average 2x2", at_least=1.0),
 }
 

@@ -92,6 +92,9 @@ class Geometry:
         anyres: how pictures are cut; None: they are one tile.
         video: how frames are pooled and told apart.
         kept: features of a tile where it is merged or pooled as a whole; None: its patches, and the class token's.
+        square: side of the squares of patches that are pooled there, 1 where they are merged.
+        in_place: what is left there keeps the positions of its patches in the decoder, where each patch has one; otherwise
+            positions are counted.
     """
 
     image_size: int
@@ -100,6 +103,8 @@ class Geometry:
     anyres: Anyres | None = None
     video: Frames = Frames()
     kept: int | None = None
+    square: int = 1
+    in_place: bool = False
 
     @property
     def plain(self) -> bool:
@@ -148,7 +153,9 @@ class Geometry:
         cut, base = self.cut(shape), self.rows(1) if anyres.base else 0
         if anyres.merge == "maxpool2x2":
             return base + (cut.rows * self.side // 2) * (cut.columns * self.side // 2)
-        if anyres.merge != "unpad":
+        if anyres.merge == "flat":
+            return self.tiles(shape) * self.rows(1)
+        if anyres.merge == "spatial":
             return base + cut.rows * cut.columns * self.side**2
         height, width = self.shrunk(*self.unpadded(shape, cut)[2:])
         return base + height * (width + 1)
@@ -158,6 +165,35 @@ class Geometry:
         if self.kept is not None:
             return self.kept
         return self.pooled_side(stride) ** 2 + self.class_token
+
+    @property
+    def skipped(self) -> int:
+        """Positions in the decoder that a tile takes beside those of its embeddings."""
+        return self.side**2 + self.class_token - self.kept if self.kept is not None and self.in_place else 0
+
+    def offsets(self) -> tuple[int, ...]:
+        """Positions of a tile's embeddings and of what follows them, from its first, ascending; 0, 1, ... where they are counted.
+
+        Which patches merging leaves is known to the model alone: here they are spread evenly.
+        """
+        kept, whole = self.rows(1), self.side**2 + self.class_token
+        if self.kept is None or not self.in_place:
+            return tuple(range(kept + 1))
+        if self.square == 1:
+            return tuple(number * whole // kept for number in range(kept + 1))
+        starts = range(0, self.side, self.square)
+        return (*(row * self.side + column for row in starts for column in starts), whole)
+
+    def steps(self, shape: Shape) -> tuple[int, ...]:
+        """Positions in the decoder that each embedding of a medium takes, in order; a learned token takes one."""
+        if not self.skipped:
+            return (1,) * self.embeddings(shape)
+        offsets = self.offsets()
+        tile = tuple(end - start for start, end in zip(offsets, offsets[1:], strict=False))
+        if not shape.frames:
+            return tile * self.tiles(shape)
+        frame = (*tile, 1) if self.video.newline == "frame" else tile
+        return frame * shape.frames + (1,) * (self.video.newline == "one_token")
 
     def pooled_side(self, stride: int) -> int:
         """Patches along a tile's side after pooling: whole windows, or rounded up where it is interpolated."""

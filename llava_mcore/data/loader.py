@@ -27,9 +27,9 @@ from llava_mcore.data.lengths import command_of
 from llava_mcore.data.packing import Cost, Stream, deal
 from llava_mcore.data.plan import PlannedSample, Planner, StepPlan, bad_sample
 from llava_mcore.data.quarantine import BadSample
-from llava_mcore.data.sample import Reading
+from llava_mcore.data.sample import Reading, positions_of
 from llava_mcore.data.tokenizer import Tokenizer
-from llava_mcore.geometry import SINGLE, Shape
+from llava_mcore.geometry import SINGLE, Geometry, Shape
 from llava_mcore.settings.schema import DataSettings
 
 PAD_ID = 0
@@ -41,7 +41,9 @@ class Batch:
 
     input_ids_T: Tensor  # int64; image_token_id at every image embedding; 0 in the padding
     labels_T: Tensor  # int64, pre-shifted, -100 where nothing is predicted
-    position_ids_T: Tensor  # int64, from 0 in each sample and in each stream's padding tail
+    position_ids_T: (
+        Tensor  # int64, from 0 in each sample and in each stream's padding tail; of merged patches about (geometry.py)
+    )
     sample_lengths: list[int]  # sums to T; a stream's padding tail is a segment of its own, no sample crosses streams
     image_index_E: Tensor  # int64, where in T each image embedding goes, picture after picture
     pixel_values_NCHW: Tensor  # float32
@@ -80,6 +82,7 @@ class Piece:
     image_slots_E: np.ndarray  # int64, from the start of the sample
     pixels_nCHW: np.ndarray  # float32
     shapes: Sequence[Shape] | None = None  # of its media; None: each of the n is a picture
+    positions_L: np.ndarray | None = None  # int64, in the decoder, from 0; None: counted
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,8 @@ class StreamLoader:
         try:
             record = dataset.read_record(sample.index)
             requests = reading.requests(dataset, sample.index, self.planner.seed, sample.epoch)
-            tokens = truncate(reading.encode(dataset, sample.index, record), self._data.sequence_length)
+            room = int(self.planner.room(reading.geometry, sample.pictures))
+            tokens = truncate(reading.encode(dataset, sample.index, record), room)
         except SampleError as error:
             return error
         if len(tokens.input_ids) != sample.length:
@@ -230,7 +234,7 @@ class StreamLoader:
         for number, raw in read.items():
             sample = plan.samples[number]
             pixels = [next(decoded) for _ in raw.requests] if isinstance(raw, _Raw) else []
-            pieces[number], reason = self._piece(sample, raw, pixels)
+            pieces[number], reason = self._piece(sample, raw, pixels, plan.geometry)
             account.add(sample.source, sample.epoch, [sample.index])
             if reason is not None:
                 bad.append(bad_sample(self.planner.blend, sample, reason, number))
@@ -258,13 +262,13 @@ class StreamLoader:
         )
 
     def _piece(
-        self, sample: PlannedSample, raw: _Raw | SampleError, pixels: Sequence[np.ndarray | SampleError]
+        self, sample: PlannedSample, raw: _Raw | SampleError, pixels: Sequence[np.ndarray | SampleError], geometry: Geometry
     ) -> tuple[Piece, str | None]:
         """A sample as it goes into its stream, and what is wrong with it, if anything is.
 
         What cannot be read or decoded keeps its planned place, and teaches nothing.
         """
-        side = self._geometry.image_size
+        side = geometry.image_size
         nothing = np.full(sample.length, IGNORE, dtype=np.int64)
         if isinstance(raw, SampleError):
             ids, none = np.full(sample.length, PAD_ID, dtype=np.int64), np.empty((0, 3, side, side), dtype=np.float32)
@@ -278,7 +282,8 @@ class StreamLoader:
             failed = [f"gives {len(seen)} tiles and frames where the index says {sample.pictures}"]
             seen = np.zeros((sample.pictures, 3, side, side), dtype=np.float32)
         labels = nothing if failed else tokens.labels
-        return Piece(tokens.input_ids, labels, tokens.image_slots, seen, raw.shapes), failed[0] if failed else None
+        positions = positions_of(sample.length, tokens.image_slots, geometry, raw.shapes)
+        return Piece(tokens.input_ids, labels, tokens.image_slots, seen, raw.shapes, positions), failed[0] if failed else None
 
 
 def lay_out(streams: Sequence[Sequence[Piece]], capacity: int, image_size: int) -> Batch:
@@ -292,6 +297,7 @@ def lay_out(streams: Sequence[Sequence[Piece]], capacity: int, image_size: int) 
     input_ids = np.full(capacity * len(streams), PAD_ID, dtype=np.int64)
     labels = np.full(capacity * len(streams), IGNORE, dtype=np.int64)
     lengths: list[int] = []
+    positions: list[np.ndarray] = []
     image_index: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
     pictures: list[np.ndarray] = [np.empty((0, 3, image_size, image_size), dtype=np.float32)]
     shapes: list[Shape] = []
@@ -306,14 +312,16 @@ def lay_out(streams: Sequence[Sequence[Piece]], capacity: int, image_size: int) 
             pictures.append(piece.pixels_nCHW)
             shapes += [SINGLE] * len(piece.pixels_nCHW) if piece.shapes is None else piece.shapes
             lengths.append(length)
+            positions.append(np.arange(length) if piece.positions_L is None else piece.positions_L)
             real_tokens += length
             at += length
         if at < end:
             lengths.append(end - at)
+            positions.append(np.arange(end - at))
     return Batch(
         input_ids_T=torch.from_numpy(input_ids),
         labels_T=torch.from_numpy(labels),
-        position_ids_T=torch.from_numpy(np.concatenate([np.arange(length, dtype=np.int64) for length in lengths])),
+        position_ids_T=torch.from_numpy(np.concatenate(positions)),
         sample_lengths=lengths,
         image_index_E=torch.from_numpy(np.concatenate(image_index)),
         pixel_values_NCHW=torch.from_numpy(np.concatenate(pictures)),

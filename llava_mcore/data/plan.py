@@ -62,6 +62,7 @@ class Planner:
         global_batch_size: samples of a step; on average, where a window has several steps.
         total_samples: samples of the whole run; the last step may be short. None: endless.
         schedule: a step, from 0, to what they become in it; a window has that of its first step. None: always ``geometry``.
+        max_positions: of a sample in the decoder, where merged or pooled pictures keep theirs. None: any number.
     """
 
     def __init__(
@@ -74,10 +75,12 @@ class Planner:
         global_batch_size: int,
         total_samples: int | None = None,
         schedule: Callable[[int], Geometry] | None = None,
+        max_positions: int | None = None,
     ) -> None:
         self.blend = blend
         self._data, self.geometry, self.seed = data, geometry, seed
         self._batch, self._total, self._schedule = global_batch_size, total_samples, schedule
+        self._max_positions = max_positions
         self.window_steps = max(1, data.packing_window // global_batch_size) if data.packing else 1
         """Steps of a window."""
         self._frames = frames_of(data)
@@ -109,6 +112,13 @@ class Planner:
     def geometry_at(self, step: int) -> Geometry:
         """What pictures and clips become in a step: the same in all of its window, whose streams are packed together."""
         return self.geometry if self._schedule is None else self._schedule(step // self.window_steps * self.window_steps)
+
+    def room(self, geometry: Geometry, tiles: np.ndarray | int) -> np.ndarray:
+        """The most tokens of a sample with so many tiles: as its stream and the decoder's positions have room."""
+        most = self._data.sequence_length
+        if self._max_positions is None:
+            return np.full_like(tiles, most)
+        return np.clip(self._max_positions - np.asarray(tiles) * geometry.skipped, 0, most)
 
     def describe(self) -> str:
         """What is read and how it is packed, for a log."""
@@ -157,11 +167,17 @@ class Planner:
             text, head = (column[indices].astype(np.int64) for column in (source.lengths.text, source.lengths.head))
             tiles[here], visual = count_visual(source.dataset, indices, geometry, self._frames)
             embeddings[here] = visual
-            lengths[here] = np.minimum(text + visual, capacity)
+            room = self.room(geometry, tiles[here])
+            lengths[here] = np.minimum(text + visual, room)
             left_out |= {n: source.lengths.rejected[int(drawn.index[n])] for n in here[text == 0].tolist()}
-            crowded = (text > 0) & (visual > 0) & (head + visual > capacity)
+            crowded = (text > 0) & (visual > 0) & (head + visual > room)
             for n, end in zip(here[crowded].tolist(), (head + visual)[crowded].tolist(), strict=True):
-                left_out[n] = f"its pictures do not fit: the last ends at token {end}, but data.sequence_length is {capacity}"
+                left_out[n] = f"its pictures do not fit: the last ends at token {end}, " + (
+                    f"but data.sequence_length is {capacity}"
+                    if end > capacity
+                    else f"at position {end + tiles[n] * geometry.skipped}, but the decoder is made for {self._max_positions} "
+                    "(model.language.max_position_embeddings); set positions=counted where patches are merged or pooled"
+                )
             if quarantined:
                 digest, dataset = source.dataset.digest, source.dataset
                 for n, index in zip(here.tolist(), indices.tolist(), strict=True):

@@ -39,6 +39,21 @@ def frames_of(data: DataSettings) -> FrameChoice:
     return FrameChoice(data.video_frames_by, data.video_frames, data.video_fps)
 
 
+def positions_of(length: int, image_slots_E: np.ndarray, geometry: Geometry, shapes: Sequence[Shape]) -> np.ndarray:
+    """Positions in the decoder of a sample's tokens, int64 [L], from 0; where tiles are merged or pooled, those of their patches.
+
+    Args:
+        length: L.
+        image_slots_E: where the image embeddings are among the L, medium after medium.
+        geometry: what a medium becomes.
+        shapes: of the media.
+    """
+    taken = np.ones(length, dtype=np.int64)
+    if geometry.skipped:
+        taken[image_slots_E] = [step for shape in shapes for step in geometry.steps(shape)]
+    return np.cumsum(taken) - taken
+
+
 def media_of(families: Sequence[int], embeddings: Sequence[int]) -> list[conversation.Medium]:
     """Media of some families as a conversation is written with them, and the places each takes."""
     return [conversation.Medium(_KINDS[family], count) for family, count in zip(families, embeddings, strict=True)]

@@ -18,7 +18,7 @@ from llava_mcore.data.conversation import IGNORE, Rendering, answer_end
 from llava_mcore.data.decode import Decoder
 from llava_mcore.data.loader import Batch, Piece, lay_out
 from llava_mcore.data.packing import pack
-from llava_mcore.data.sample import Reading
+from llava_mcore.data.sample import Reading, positions_of
 from llava_mcore.data.shards import ShardDataset
 from llava_mcore.data.tokenizer import Tokenizer, load_tokenizer
 from llava_mcore.geometry import Shape
@@ -116,7 +116,7 @@ class Inference:
         """The answers to this replica's prompts, greedy; every rank of the replica calls it with the same prompts.
 
         An answer ends with the end-of-sequence token, with what the template ends it by, at ``max_new_tokens``, or where the
-        stream is full.
+        stream is full or the decoder's positions are at their end.
         """
         answers: list[list[int]] = [[] for _ in prompts]
         active = list(range(len(prompts)))
@@ -124,7 +124,7 @@ class Inference:
             active = [
                 number
                 for number in active
-                if len(prompts[number].input_ids_L) + len(answers[number]) <= self.settings.data.sequence_length
+                if len(prompts[number].input_ids_L) + len(answers[number]) <= self._room(prompts[number])
                 and not self._end.reached(answers[number])
             ]
             if not active:
@@ -135,14 +135,22 @@ class Inference:
                 answers[number].append(token)
         return [self._end.text(answer) for answer in answers]
 
+    def _room(self, prompt: Prompt) -> int:
+        """The most tokens of a prompt and its answer."""
+        model = self.settings.model
+        beside = len(prompt.pixels_nCHW) * model.geometry.skipped
+        return min(self.settings.data.sequence_length, model.language.max_position_embeddings - beside)
+
     def _next_tokens(self, prompts: Sequence[Prompt], answers: Sequence[list[int]]) -> list[int]:
         """The likeliest next token of each sequence, the same on every rank of the replica."""
         capacity, image = self.settings.data.sequence_length, self.settings.model.image_token_id
+        geometry = self.settings.model.geometry
         pieces = []
         for prompt, answer in zip(prompts, answers, strict=True):
             ids = np.concatenate([prompt.input_ids_L, np.array(answer, dtype=np.int64)])
             slots = np.flatnonzero(prompt.input_ids_L == image) if len(prompt.pixels_nCHW) else np.empty(0, dtype=np.int64)
-            pieces.append(Piece(ids, np.full_like(ids, IGNORE), slots, prompt.pixels_nCHW, prompt.shapes))
+            positions = positions_of(len(ids), slots, geometry, prompt.shapes)
+            pieces.append(Piece(ids, np.full_like(ids, IGNORE), slots, prompt.pixels_nCHW, prompt.shapes, positions))
         streams = pack([len(piece.input_ids_L) for piece in pieces], capacity)
         batches, lasts, order = [], [], []
         for batch, members in self._micro_batches(streams, pieces):

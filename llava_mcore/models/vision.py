@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from llava_mcore.models.backend import padded_pictures
 from llava_mcore.models.layers import Norm, block_spec
-from llava_mcore.models.reduction.tower import with_merging
+from llava_mcore.models.reduction.tower import left_over, with_merging
 from llava_mcore.settings.schema import VisionSettings
 
 
@@ -82,7 +82,8 @@ class VisionTower(MegatronModule):
     def __init__(self, config: TransformerConfig, vision: VisionSettings, groups: ProcessGroupCollection) -> None:
         super().__init__(config)
         self.tp_group = groups.tp  # Megatron-Core shards the checkpoint of this module by it
-        self.drop_class_token = vision.class_token and vision.select_feature == "patch"
+        self.dropped = int(vision.class_token and vision.select_feature == "patch")
+        self.merges = vision.token_merging is not None
         width, dtype = vision.hidden_size, config.params_dtype
         self.patch_embedding = PatchEmbedding(vision, dtype)
         self.class_embedding = nn.Parameter(torch.empty(width, dtype=dtype)) if vision.class_token else None
@@ -95,8 +96,12 @@ class VisionTower(MegatronModule):
             pg_collection=groups,
         )
 
-    def forward(self, pixels_NChw: Tensor) -> Tensor:
-        """Pixels [N, 3, h, w] to features [N, P or K, H]; of fewer tokens where layers merge them, in raster order still."""
+    def forward(self, pixels_NChw: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Pixels [N, 3, h, w] to features of the selected layer.
+
+        Returns:
+            [N, P or K, H]; and where layers merge them which of the features there would be each is, int64 [N, F], ascending.
+        """
         pictures = pixels_NChw.shape[0]
         if self.config.fp8:  # its products need rows in multiples, K is odd: blank pictures make them up
             multiple = get_fp8_align_size(self.config.fp8_recipe)
@@ -109,5 +114,8 @@ class VisionTower(MegatronModule):
         if self.pre_layernorm is not None:
             hidden_NKH = self.pre_layernorm(hidden_NKH)
         hidden_FNH = self.encoder(hidden_NKH.transpose(0, 1).contiguous(), attention_mask=None)
-        hidden_NFH = hidden_FNH.transpose(0, 1)[:pictures]
-        return hidden_NFH[:, 1:] if self.drop_class_token else hidden_NFH
+        hidden_NFH = hidden_FNH.transpose(0, 1)[:pictures, self.dropped :]
+        if not self.merges:
+            return hidden_NFH, None
+        left_NF = left_over(self.encoder.layers, hidden_NKH.shape[0], hidden_NKH.shape[1], hidden_NKH.device)
+        return hidden_NFH, left_NF[:pictures, self.dropped :] - self.dropped

@@ -46,6 +46,18 @@ def imbalance(costs: Sequence[float], size: int) -> float:
     return max(loads) * size / sum(loads) if sum(loads) else 1.0
 
 
+def _everyones(own_e: Tensor, counts: tuple[int, ...], order_E: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The rows [E, ...] of all ranks, of each ``counts``, in another order."""
+    longest = max(counts)
+    if longest == 0:
+        return own_e[:0]
+    padded_e = own_e.new_zeros(longest, *own_e.shape[1:])
+    padded_e[: own_e.shape[0]] = own_e
+    everyone = [torch.empty_like(padded_e) for _ in counts]
+    dist.all_gather(everyone, padded_e, group=group)
+    return torch.cat([part[:count] for part, count in zip(everyone, counts, strict=True)])[order_E]
+
+
 class _Gather(torch.autograd.Function):
     """Embeddings of all ranks in the order of the pictures; the gradient of this rank's own on the way back."""
 
@@ -55,15 +67,7 @@ class _Gather(torch.autograd.Function):
     ) -> Tensor:
         ctx.counts, ctx.rank, ctx.cp = counts, group.rank(), cp
         ctx.save_for_backward(order_E)
-        longest = max(counts)
-        if longest == 0:
-            return own_eH[:0]
-        padded_eH = own_eH.new_zeros(longest, own_eH.shape[1])
-        padded_eH[: own_eH.shape[0]] = own_eH
-        everyone = [torch.empty_like(padded_eH) for _ in counts]
-        dist.all_gather(everyone, padded_eH, group=group)
-        by_rank_EH = torch.cat([part[:count] for part, count in zip(everyone, counts, strict=True)])
-        return by_rank_EH[order_E]
+        return _everyones(own_eH, counts, order_E, group)
 
     @staticmethod
     def backward(ctx, grad_EH: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
@@ -95,13 +99,27 @@ def gather_embeddings(
         group: the ranks that share the pictures.
         cp: its context-parallel part, over which gradients are summed.
     """
+    counts, order_E = _arrival(dealt, embeddings_each)
+    return _Gather.apply(own_eH, counts, upload(order_E, own_eH.device), group, cp)
+
+
+def gather_numbers(
+    own_e: Tensor, dealt: Sequence[Sequence[int]], embeddings_each: Sequence[int], group: dist.ProcessGroup
+) -> Tensor:
+    """A whole number for each embedding, int64 [E] from [e]; the arguments are those of :func:`gather_embeddings`."""
+    counts, order_E = _arrival(dealt, embeddings_each)
+    return _everyones(own_e, counts, upload(order_E, own_e.device), group)
+
+
+def _arrival(dealt: Sequence[Sequence[int]], embeddings_each: Sequence[int]) -> tuple[tuple[int, ...], Tensor]:
+    """Embeddings of each rank, and where those of picture after picture are among those of rank after rank, [E]."""
     counts = tuple(sum(embeddings_each[picture] for picture in pictures) for pictures in dealt)
     start_of, at = {}, 0
     for picture in (picture for pictures in dealt for picture in pictures):
         start_of[picture] = at
         at += embeddings_each[picture]
     order = [torch.arange(start_of[picture], start_of[picture] + each) for picture, each in enumerate(embeddings_each)]
-    return _Gather.apply(own_eH, counts, upload(torch.cat(order), own_eH.device), group, cp)
+    return counts, torch.cat(order)
 
 
 def reduce_gradients(parameters: Iterable[nn.Parameter], tp: dist.ProcessGroup) -> None:

@@ -12,7 +12,7 @@ from pydantic_core import ArgsKwargs
 
 from llava_mcore.geometry import Geometry, Shape, num_image_embeddings, num_patches, round_up
 from llava_mcore.settings.families import DECODERS, TOWERS, Family, contradictions
-from llava_mcore.settings.reduction import Pooling, TokenMerging, TowerMerging
+from llava_mcore.settings.reduction import Pooling, Reduction, TokenMerging, TowerMerging
 from llava_mcore.settings.rules import STRICT, NonNegative, Positive, fail_on
 from llava_mcore.settings.visual import AnyresSettings, VideoSettings
 
@@ -303,10 +303,15 @@ class ModelSettings:
     def _reduction_problems(self) -> list[str]:
         vision, projector = self.vision, self.projector
         problems = []
-        if self.reduced_by and not self.geometry.plain:
+        grids = {
+            "anyres.merge other than flat": self.anyres is not None and self.anyres.merge != "flat",
+            "video.pool other than none": self.video.pool != "none",
+            "video.newline=grid": self.video.newline == "grid",
+        }
+        if self.reduced_by and any(grids.values()):
             problems.append(
-                f"{' and '.join(self.reduced_by)} would take the grid of features from anyres, video.pool, video.newline and "
-                "video.time_period; set either to null (video.pool=none, video.newline=no_token)"
+                f"{' and '.join(self.reduced_by)} would take the grid of features from "
+                f"{' and '.join(name for name, needed in grids.items() if needed)}; change one of them"
             )
         if projector.reduction is None:
             return problems
@@ -333,6 +338,16 @@ class ModelSettings:
         return [name for name, section in chosen.items() if section is not None]
 
     @property
+    def reduction(self) -> Reduction | None:
+        """The way in which fewer embeddings are made of every tile alike."""
+        return self.vision.token_merging or self.projector.reduction
+
+    @property
+    def positions_move(self) -> bool:
+        """Whether it depends on a picture's pixels at which positions its embeddings stand in the decoder."""
+        return self.geometry.in_place and self.projector.pooling is None
+
+    @property
     def geometry(self) -> Geometry:
         """From sizes of pictures and clips to tiles and embeddings, when a schedule has run its course."""
         return self._geometry(self.embeddings_per_image)
@@ -349,6 +364,8 @@ class ModelSettings:
             None if self.anyres is None else self.anyres.geometry,
             self.video.geometry,
             each if self.reduced_by else None,
+            self.projector.pooling.stride if self.projector.pooling else 1,
+            self.reduction is not None and self.reduction.positions == "kept",
         )
 
     @property

@@ -16,13 +16,24 @@ from llava_mcore.settings.rules import STRICT, NonNegative, Positive
 
 
 @dataclass(config=STRICT, kw_only=True)
-class TokenMerging:
+class Reduction:
+    """What all ways to make fewer embeddings of a picture have."""
+
+    positions: Literal["kept", "counted"] = Field(
+        default="kept",
+        description="in the decoder what is left keeps the positions of its patches (of the first of a square), and text goes on "
+        "after those of all patches; or positions are counted, so that more fits in model.language.max_position_embeddings",
+    )
+
+
+@dataclass(config=STRICT, kw_only=True)
+class TokenMerging(Reduction):
     """Patches that look alike become one, at a fixed number of embeddings a picture.
 
     Each window of the grid keeps its upper left patch. Of the others, those most like a kept one are averaged into it: one
     anywhere in the picture, or the one of their window. Over the picture, patches of a last row or column that fills no window
     can be merged, and keep nothing. Within windows, each loses as many patches (the ratio's, rounded down), and the embeddings
-    stand window by window, so that each has nearly the same place in every picture.
+    stand window by window.
     """
 
     ratio: float = Field(ge=0, lt=1, description="share of a picture's patches that is merged into others")
@@ -35,7 +46,8 @@ class TokenMerging:
     where: Literal["before", "after"] = Field(default="after", description="merge before or after the projector")
     order: Literal["raster", "blocks"] = Field(
         default="raster",
-        description="of what is left: as in the picture; or as ToMeSD has it, what was not merged before what was",
+        description="of what is left: as in the picture; or as ToMeSD has it, what was not merged before what was (the positions "
+        "that are kept then do not ascend)",
     )
     schedule_steps: NonNegative = Field(
         default=0,
@@ -96,7 +108,7 @@ class TokenMerging:
 
 
 @dataclass(config=STRICT, kw_only=True)
-class Pooling:
+class Pooling(Reduction):
     """Every square of patches becomes one embedding."""
 
     kind: Literal["average", "max", "pixel_shuffle"] = Field(
@@ -123,7 +135,7 @@ class Pooling:
 
 
 @dataclass(config=STRICT, kw_only=True)
-class TowerMerging:
+class TowerMerging(Reduction):
     """In every layer of the tower, between attention and MLP, the pairs of tokens whose keys are most alike become one (ToMe)."""
 
     tokens: Positive = Field(description="tokens that a layer merges, in the mean over the layers; never more than half of them")

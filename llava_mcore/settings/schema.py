@@ -366,6 +366,12 @@ class Settings:
                 f"data.sequence_length {self.data.sequence_length} exceeds "
                 f"model.language.max_position_embeddings {self.model.language.max_position_embeddings}"
             )
+        last = image + self.model.geometry_at(0).skipped
+        if last >= self.model.language.max_position_embeddings > image:
+            problems.append(
+                f"model.language.max_position_embeddings {self.model.language.max_position_embeddings} has no room for the "
+                f"positions of one picture's {last} patches; set positions=counted where they are merged or pooled"
+            )
         fail_on(problems + self._fp8_problems() + layout_problems(self))
         return self
 

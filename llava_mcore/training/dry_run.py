@@ -324,6 +324,7 @@ def _show_first_batch(
             global_batch_size=train.global_batch_size,
             total_samples=derived.total_samples if derived else None,
             schedule=settings.model.geometry_at,
+            max_positions=settings.model.language.max_position_embeddings,
         )
         loader = StreamLoader(
             planner,

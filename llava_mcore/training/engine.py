@@ -118,16 +118,19 @@ def _schedule(model: Iterable[nn.Module], batches: Sequence[Batch], step: Any, g
     if len(lengths) != 1:
         raise ValueError(f"micro-batches of one step must have one length, got {sorted(lengths)}")
     parts = list(model)
-    padded_to = padded_tokens(_unwrapped(parts[0]), batches)
+    length, first = lengths.pop(), _unwrapped(parts[0])
+    padded_to = padded_tokens(first, batches)
+    # What stages hand on is counted before it is divided over ranks.
+    ranks = groups.cp.size() * (groups.tp.size() if first.config.sequence_parallel else 1)
     run = get_forward_backward_func(groups.pp.size(), len(parts) if len(parts) > 1 else None)
     return run(
         forward_step_func=partial(step, padded_to=padded_to),
         data_iterator=[iter(batches) for _ in parts],
         model=parts,
         num_microbatches=len(batches),
-        seq_length=padded_to or lengths.pop(),
+        seq_length=(padded_to or length) + ranks * first.carried_rows(length),
         micro_batch_size=1,
-        p2p_communicator=P2PCommunicator(groups.pp, _unwrapped(parts[0]).config),
+        p2p_communicator=P2PCommunicator(groups.pp, first.config),
         pg_collection=groups.mcore,
         **options,
     )

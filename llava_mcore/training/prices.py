@@ -140,7 +140,7 @@ def of_clip(settings: Settings, frames: int, text: int) -> tuple[list[Price], li
 
 
 def _anyres(model: ModelSettings) -> Iterator[Way]:
-    """Pictures of several tiles; clips stay as they are set."""
+    """Pictures of several tiles; clips stay as they are set, but for merging."""
     anyres = model.anyres or AnyresSettings()
     unpad = dataclasses.replace(anyres, merge="unpad", base=True, max_tiles=None)
     yield Way(None, model.video)
@@ -150,6 +150,7 @@ def _anyres(model: ModelSettings) -> Iterator[Way]:
         yield Way(dataclasses.replace(unpad, max_tiles=most), model.video)
     for merge in ("flat", "spatial", "maxpool2x2"):
         yield Way(dataclasses.replace(unpad, merge=merge), model.video)
+    yield Way(dataclasses.replace(unpad, merge="flat"), token_merging=TokenMerging(ratio=0.5))
 
 
 def _reductions(model: ModelSettings) -> Iterator[Way]:

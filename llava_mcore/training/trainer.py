@@ -72,6 +72,7 @@ class Trainer:
             global_batch_size=train.global_batch_size,
             total_samples=self.derived.total_samples,
             schedule=settings.model.geometry_at,
+            max_positions=settings.model.language.max_position_embeddings,
         )
         self.last_step = min(self.derived.steps, train.stop_after or self.derived.steps)
 

@@ -37,13 +37,14 @@ def test_merge_is_its_definition(side: int, window: int, ratio: float) -> None:
     sizes = torch.randint(1, 5, tokens.shape[:2], generator=torch.Generator().manual_seed(1)).float()
     sources, targets = grid_sides(side, window, tokens.device)
     kept = TokenMerging(ratio=ratio, window=window).kept(side)
-    slot = match(tokens, sources, targets, side**2 - kept)
+    slot, left = match(tokens, sources, targets, side**2 - kept)
     values, found = merge(tokens, sizes, slot, kept)
     for picture in range(len(tokens)):
         survivors, expected, expected_sizes = by_hand(
             tokens[picture].numpy(), sizes[picture].numpy(), sources.tolist(), targets.tolist(), side**2 - kept
         )
         assert (np.diff(survivors) > 0).all() and slot[picture, survivors].tolist() == list(range(kept))
+        assert left[picture].tolist() == survivors.tolist()
         assert np.allclose(values[picture], expected, atol=1e-6) and found[picture].tolist() == expected_sizes.tolist()
     assert found.sum(dim=1).tolist() == sizes.sum(dim=1).tolist()
     before, after = (tokens * sizes[..., None]).sum(dim=1), (values * found[..., None]).sum(dim=1)
@@ -60,12 +61,14 @@ def test_equals_tomesd(side: int, window: int, ratio: float) -> None:
     theirs, unmerge = tomesd.merge.bipartite_soft_matching_random2d(
         tokens, side, side, window, window, side**2 - kept, no_rand=True
     )
-    slot = match(tokens, *grid_sides(side, window, tokens.device), side**2 - kept)
-    ours = merge_grid(tokens, side, kept, merging)
+    slot, left = match(tokens, *grid_sides(side, window, tokens.device), side**2 - kept)
+    ours, _ = merge_grid(tokens, side, kept, merging)
     spread = ours.gather(1, slot[..., None].expand(-1, -1, tokens.shape[2]))
     assert ours.shape == theirs(tokens).shape
     assert torch.allclose(spread, unmerge(theirs(tokens)), atol=1e-6)
-    blocks = merge_grid(tokens, side, kept, TokenMerging(ratio=ratio, window=window, order="blocks"))
+    blocks, places = merge_grid(tokens, side, kept, TokenMerging(ratio=ratio, window=window, order="blocks"))
+    assert torch.equal(places.sort(dim=1).values, left)
+    assert torch.allclose(blocks, ours.gather(1, slot.gather(1, places)[..., None].expand_as(ours)), atol=1e-6)
     sources = kept - (side // window) ** 2
     assert torch.allclose(blocks[:, :sources], theirs(tokens)[:, :sources], atol=1e-6)
     ends = [part[:, sources:].sort(dim=1).values for part in (blocks, theirs(tokens))]
@@ -76,15 +79,17 @@ def test_equals_tomesd(side: int, window: int, ratio: float) -> None:
 def test_nothing_merged_is_the_identity_bit_for_bit() -> None:
     tokens = features(8, dtype=torch.bfloat16)
     tokens[0, 3] = -0.0
-    assert merge_grid(tokens, 8, 64, TokenMerging(ratio=0.0)) is tokens
-    slot = match(tokens, *grid_sides(8, 2, tokens.device), 0)
+    same, patches = merge_grid(tokens, 8, 64, TokenMerging(ratio=0.0))
+    assert same is tokens and patches.tolist() == [list(range(64))] * 3
+    slot, left = match(tokens, *grid_sides(8, 2, tokens.device), 0)
+    assert torch.equal(left, patches)
     merged, sizes = merge(tokens, torch.ones(3, 64), slot, 64)
     assert torch.equal(merged, tokens) and torch.equal(sizes, torch.ones(3, 64))
 
 
 def test_equal_patches_are_merged_by_place() -> None:
     """A blank picture: every similarity is the same, and still the result is one."""
-    slot = match(torch.ones(2, 16, 4), *grid_sides(4, 2, torch.device("cpu")), 8)
+    slot, _ = match(torch.ones(2, 16, 4), *grid_sides(4, 2, torch.device("cpu")), 8)
     # Sources 1, 3, 4, 5, 6, 7, 9, 11 go to target 0; 2, 8 and 10 are targets too; 12 to 15 stay.
     assert slot.tolist() == [[0, 0, 1, 0, 0, 0, 0, 0, 2, 0, 3, 0, 4, 5, 6, 7]] * 2
 
@@ -95,11 +100,12 @@ def test_within_windows_each_is_merged_alone(ratio: float) -> None:
     merging = TokenMerging(ratio=ratio, scope="window")
     kept = merging.kept(6)
     assert kept == 36 * (1 - ratio)
-    merged = merge_grid(tokens, 6, kept, merging)
+    merged, patches = merge_grid(tokens, 6, kept, merging)
     for picture in range(len(tokens)):
         for number, places in enumerate(torch.arange(36).reshape(3, 2, 3, 2).transpose(1, 2).reshape(9, 4)):
-            _, expected, _ = by_hand(tokens[picture, places].numpy(), np.ones(4), [1, 2, 3], [0], round(4 * ratio))
+            left, expected, _ = by_hand(tokens[picture, places].numpy(), np.ones(4), [1, 2, 3], [0], round(4 * ratio))
             each = kept // 9
+            assert patches[picture, number * each : (number + 1) * each].tolist() == places[left].tolist()
             assert np.allclose(merged[picture, number * each : (number + 1) * each], expected, atol=1e-6)
     if ratio == 0.75:
         assert torch.allclose(merged, pool_grid(tokens, 6, Pooling(kind="average")), atol=1e-6)
@@ -109,7 +115,7 @@ def test_within_windows_each_is_merged_alone(ratio: float) -> None:
 def test_gradients_of_merging(how: dict[str, str]) -> None:
     tokens = features(4, pictures=2, width=3).requires_grad_()
     merging = TokenMerging(ratio=0.5, **how)
-    assert torch.autograd.gradcheck(lambda x: merge_grid(x, 4, 8, merging), (tokens,))
+    assert torch.autograd.gradcheck(lambda x: merge_grid(x, 4, 8, merging)[0], (tokens,))
 
 
 @pytest.mark.parametrize("kind", ["average", "max", "pixel_shuffle"])
@@ -142,6 +148,7 @@ def test_alternating_sides_keep_the_class_token(tokens: int) -> None:
     metric[:, 1] = metric[:, 0]  # the best pair of all, were the first token not protected
     sides = alternating_sides(tokens, metric.device)
     most = (tokens - 1) // 2
-    slot = match(metric, *sides, most, protect_first=True)
+    slot, left = match(metric, *sides, most, protect_first=True)
+    assert (left[:, 0] == 0).all()
     assert (slot[:, 0] == 0).all() and (slot[:, 1:] > 0).all()
-    assert (match(metric, *sides, 1)[:, :2] == 0).all()
+    assert (match(metric, *sides, 1)[0][:, :2] == 0).all()

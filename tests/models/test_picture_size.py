@@ -42,7 +42,7 @@ def features(checkpoint: Path, hf: Path, pixels: torch.Tensor, saved: Path) -> l
             dist_checkpointing.save(model_state(parts, groups), str(saved / folder.WEIGHTS))
         (part,) = parts
         with torch.no_grad():
-            found.append(part.vision_tower(pixels))
+            found.append(part.vision_tower(pixels)[0])
         process_groups.destroy()
     folder.write_model_settings(saved, model)
     with pytest.raises(CheckpointError, match="model.vision.image_size: 20 in the checkpoint, 32 here"):

@@ -78,7 +78,7 @@ def test_a_tower_is_its_definition(groups, proportional: bool) -> None:
     hidden = (
         torch.cat([tower.class_embedding.expand(3, 1, -1), tower.patch_embedding(pictures())], dim=1) + tower.position_embedding
     )
-    hidden, sizes = tower.pre_layernorm(hidden), torch.ones(3, 17)
+    hidden, sizes, patches = tower.pre_layernorm(hidden), torch.ones(3, 17), torch.arange(-1, 16).expand(3, -1)
     for layer, count in zip(tower.encoder.layers, merged, strict=True):
         mixed = layer.self_attention.linear_qkv(layer.input_layernorm(hidden))[0].unflatten(-1, (heads, 3, -1))
         query, key, value = (part.transpose(1, 2) for part in mixed.unbind(dim=3))
@@ -86,11 +86,13 @@ def test_a_tower_is_its_definition(groups, proportional: bool) -> None:
         weights = scores.exp() * (sizes[:, None, None] if proportional else 1.0)
         attended = (weights / weights.sum(dim=-1, keepdim=True) @ value).transpose(1, 2).flatten(2)
         hidden = hidden + F.linear(attended, layer.self_attention.linear_proj.weight, layer.self_attention.linear_proj.bias)
-        slot = match(key.mean(dim=1), *alternating_sides(hidden.shape[1], hidden.device), count, protect_first=True)
+        slot, left = match(key.mean(dim=1), *alternating_sides(hidden.shape[1], hidden.device), count, protect_first=True)
+        patches = patches.gather(1, left)
         hidden, sizes = merge(hidden, sizes, slot, hidden.shape[1] - count)
         output, bias = layer.mlp(layer.pre_mlp_layernorm(hidden))
         hidden = hidden + output + bias
-    found = tower(pictures())
+    found, left = tower(pictures())
+    assert torch.equal(left, patches[:, 1:]) and (left.diff(dim=1) > 0).all() and (left >= 0).all()
     assert found.shape[1] == 16 - sum(merged) and sum(merged) == 6
     assert torch.allclose(found, hidden[:, 1:], atol=2e-5)
     assert sizes.sum(dim=1).tolist() == [17.0] * 3
@@ -98,10 +100,11 @@ def test_a_tower_is_its_definition(groups, proportional: bool) -> None:
 
 def test_merging_no_tokens_is_the_tower_bit_for_bit(groups) -> None:
     plain, merging = tower_of(groups, None), tower_of(groups, {"tokens": 1})
-    assert not torch.allclose(plain(pictures()).mean(dim=1), merging(pictures()).mean(dim=1))
+    assert not torch.allclose(plain(pictures())[0].mean(dim=1), merging(pictures())[0].mean(dim=1))
     for layer in merging.encoder.layers:
         layer.merged = 0
-    assert torch.equal(plain(pictures()), merging(pictures()))
+    features, left = merging(pictures())
+    assert torch.equal(plain(pictures())[0], features) and left.tolist() == [list(range(16))] * 3
 
 
 @pytest.mark.parametrize(
@@ -111,7 +114,7 @@ def test_recomputing_changes_nothing(groups, recompute: Recompute) -> None:
     gradients = []
     for how in (KEEP_ALL, recompute):
         tower = tower_of(groups, {"tokens": 3}, how)
-        tower(pictures()).square().sum().backward()
+        tower(pictures())[0].square().sum().backward()
         gradients.append({name: parameter.grad for name, parameter in tower.named_parameters()})
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-5, atol=1e-6 * float(gradient.abs().max())), name

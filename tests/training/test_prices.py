@@ -26,7 +26,7 @@ def test_every_line_is_what_its_settings_give() -> None:
     pictures, clips = (
         re.findall(r"^(as set|model\.\S.*?)\s{2,}([\d,]+)\s+([\d,]+)\s", part, re.M) for part in done.stdout.split("a clip")
     )
-    assert len(pictures) == 1 + 8 + 8 and len(clips) == 1 + 5 + 8
+    assert len(pictures) == 1 + 9 + 8 and len(clips) == 1 + 5 + 8
     for name, tiles, tokens in [*pictures, *clips]:
         changes = [] if name == "as set" else re.split(" (?=model)", name)
         geometry = compose(["train=pretrain", "model=llava_vicuna_7b", *changes]).model.geometry

@@ -106,6 +106,26 @@ def test_a_trained_model_answers(runs_material: Material, tmp_path: Path) -> Non
     assert ranks(2).run(answers, runs.on("TP2", settings), checkpoint) == [alone, alone]
 
 
+def answered(settings: Settings, positions: int | None, tokens: int) -> tuple[int, str]:
+    """On a rank: tokens of the first prompt, and what a random model says to it, of a decoder of so many positions."""
+    if positions is not None:
+        language = replace(settings.model.language, max_position_embeddings=positions)
+        settings = replace(settings, model=replace(settings.model, language=language))
+    inference = Inference(settings, None)
+    prompt = inference.prompt(ShardDataset(settings.data.path or ""), 0)
+    assert len(prompt.pixels_nCHW) == 1
+    return len(prompt.input_ids_L), inference.answer([prompt], tokens)[0]
+
+
+def test_an_answer_ends_with_the_positions(runs_material: Material, tmp_path: Path) -> None:
+    settings = of(runs_material, tmp_path, {"pooling": {"kind": "max"}})
+    ((length, two),) = ranks(1).run(answered, settings, None, 2)
+    beside = 16 - 4
+    short = replace(settings, data=replace(settings.data, sequence_length=length + beside))
+    ((_, found),) = ranks(1).run(answered, short, length + beside + 1, 5)
+    assert two and found == two != ranks(1).run(answered, settings, None, 5)[0][1]
+
+
 @pytest.mark.parametrize(
     ("projector", "says"),
     [
@@ -160,7 +180,11 @@ def test_export_says_what_transformers_lacks(
         ),
         (
             ["model.vision.token_merging={tokens: 2}", "model.video.pool=average"],
-            "vision.token_merging would take the grid of features from anyres, video.pool",
+            "vision.token_merging would take the grid of features from video.pool other than none; change one of them",
+        ),
+        (
+            ["model.vision.token_merging={tokens: 2}", "model.video.newline=grid", "model.anyres.merge=spatial"],
+            "the grid of features from anyres.merge other than flat and video.newline=grid",
         ),
         (["model.projector.pooling={kind: max}", "model.vision.select_feature=cls_patch"], "set vision.select_feature=patch"),
         (["model.projector.pooling={kind: max}", "model.vision.token_merging={tokens: 2}"], "no grid of patches"),
@@ -169,6 +193,15 @@ def test_export_says_what_transformers_lacks(
             ["model.vision.token_merging={tokens: 2}", "precision.fp8=hybrid", "precision.fp8_modules=[vision_tower]"],
             "leave vision_tower out",
         ),
+        (
+            [
+                "data.sequence_length=12",
+                "model.language.max_position_embeddings=16",
+                "model.projector.token_merging={ratio: 0.5}",
+            ],
+            "max_position_embeddings 16 has no room for the positions of one picture's 16 patches; set positions=counted",
+        ),
+        (["model.projector.pooling={kind: max, positions: middle}"], "positions=middle: should be 'kept' or 'counted'"),
         (
             ["data.sequence_length=16", "model.projector.token_merging={ratio: 0.5, schedule_steps: 9}"],
             "one picture of 16 embeddings",

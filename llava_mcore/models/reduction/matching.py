@@ -41,8 +41,8 @@ def alternating_sides(tokens: int, device: torch.device) -> tuple[Tensor, Tensor
 @torch.no_grad()
 def match(
     metric_NTC: Tensor, sources_S: Tensor, targets_D: Tensor, merged: int, *, protect_first: bool = False, blocks: bool = False
-) -> Tensor:
-    """Which of the K = T - ``merged`` tokens that are left each token goes to, int64 [N, T].
+) -> tuple[Tensor, Tensor]:
+    """Which of the K = T - ``merged`` tokens that are left each token goes to, int64 [N, T], and which are left, int64 [N, K].
 
     Args:
         metric_NTC: what similarity is taken of, of any width.
@@ -61,17 +61,12 @@ def match(
     ranked_NS = best_NS.argsort(dim=1, descending=True, stable=True)
     merged_NM = ranked_NS[:, :merged]
     into_NM = targets_D[target_NS.gather(1, merged_NM)]
-    if blocks:
-        slot_NT = torch.empty(metric_NTC.shape[:2], dtype=torch.int64, device=metric_NTC.device)
-        staying = len(sources_S) - merged
-        slot_NT[:, targets_D] = torch.arange(staying, staying + len(targets_D), device=slot_NT.device)
-        slot_NT.scatter_(
-            1, sources_S[ranked_NS[:, merged:]], torch.arange(staying, device=slot_NT.device).expand(len(slot_NT), -1)
-        )
-    else:
-        stays_NT = torch.ones(metric_NTC.shape[:2], dtype=torch.int64, device=metric_NTC.device)
-        slot_NT = stays_NT.scatter_(1, sources_S[merged_NM], 0).cumsum(dim=1) - 1
-    return slot_NT.scatter_(1, sources_S[merged_NM], slot_NT.gather(1, into_NM))
+    kept_NK = torch.cat([sources_S[ranked_NS[:, merged:]], targets_D.expand(len(ranked_NS), -1)], dim=1)
+    if not blocks:
+        kept_NK = kept_NK.sort(dim=1).values
+    slot_NT = torch.empty(metric_NTC.shape[:2], dtype=torch.int64, device=metric_NTC.device)
+    slot_NT.scatter_(1, kept_NK, torch.arange(kept_NK.shape[1], device=slot_NT.device).expand_as(kept_NK))
+    return slot_NT.scatter_(1, sources_S[merged_NM], slot_NT.gather(1, into_NM)), kept_NK
 
 
 def merge(tokens_NTH: Tensor, sizes_NT: Tensor, slot_NT: Tensor, kept: int) -> tuple[Tensor, Tensor]:

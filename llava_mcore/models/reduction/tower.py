@@ -9,6 +9,7 @@ Shape suffixes: T tokens of a picture, K those that are left, N pictures, A head
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from torch import Tensor
+from torch import Tensor, nn
 
 from llava_mcore.models.attention import PackedAttention
 from llava_mcore.models.reduction.matching import alternating_sides, match, merge
@@ -57,10 +58,14 @@ class MergingLayer(TransformerLayer):
         merged: tokens that this layer merges.
         class_token: the first token is not merged.
         proportional: sizes weigh in attention.
+
+    Attributes:
+        kept_NK: which of its tokens the last call left, int64; None: all.
     """
 
     def __init__(self, *arguments: Any, merged: int, class_token: bool, proportional: bool, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.kept_NK: Tensor | None = None
         self.merged, self.class_token, self.proportional = merged, class_token, proportional
 
     def forward(self, hidden_states: Tensor, context: Tensor | None = None, **options: Any) -> tuple[Tensor, Tensor | None]:
@@ -71,6 +76,7 @@ class MergingLayer(TransformerLayer):
         hidden_TNH, _ = self._forward_attention(hidden_states, **options)
         attention = self.self_attention.core_attention
         keys_NTD, attention.keys_NTD = attention.keys_NTD, None
+        self.kept_NK = None
         hidden_KNH, sizes_NK = self._merge(hidden_TNH, sizes_NT, keys_NTD) if self.merged else (hidden_TNH, sizes_NT)
         return self._forward_mlp(hidden_KNH), sizes_NK
 
@@ -79,11 +85,20 @@ class MergingLayer(TransformerLayer):
         if self.tp_group.size() > 1:  # each rank has some of the heads
             dist.all_reduce(keys_NTD, group=self.tp_group)
         sides = alternating_sides(tokens, hidden_TNH.device)
-        slot_NT = match(keys_NTD, *sides, self.merged, protect_first=self.class_token)
+        slot_NT, self.kept_NK = match(keys_NTD, *sides, self.merged, protect_first=self.class_token)
         if sizes_NT is None:
             sizes_NT = torch.ones(pictures, tokens, device=hidden_TNH.device)
         hidden_NKH, sizes_NK = merge(hidden_TNH.transpose(0, 1), sizes_NT, slot_NT, tokens - self.merged)
         return hidden_NKH.transpose(0, 1).contiguous(), sizes_NK
+
+
+def left_over(layers: Iterable[nn.Module], pictures: int, tokens: int, device: torch.device) -> Tensor:
+    """Which of a picture's tokens the layers of a tower have left in their last call, int64 [N, K]."""
+    left_NK = torch.arange(tokens, device=device).expand(pictures, -1)
+    for layer in layers:
+        if isinstance(layer, MergingLayer) and layer.kept_NK is not None:
+            left_NK, layer.kept_NK = left_NK.gather(1, layer.kept_NK), None
+    return left_NK
 
 
 def with_merging(block: TransformerBlockSubmodules, vision: VisionSettings) -> TransformerBlockSubmodules:
