@@ -12,6 +12,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -86,6 +87,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
+        **_gpu(),
     }
 
 
@@ -142,16 +144,26 @@ def run(
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record there")
     parser.add_argument("--only", nargs="+", choices=list(measures), metavar="MEASURE", help=f"of {', '.join(measures)}")
     options = parser.parse_args(arguments)
-    taken = {}
+    taken: dict[str, Measure] = {}
+    result = record(benchmark, {})
     for name in options.only or measures:
         taken[name] = measures[name](options.quick)
         print(f"{name}: {taken[name].ratio:.2f} x ({taken[name].note})", flush=True)
-    result = record(benchmark, taken)
+        result["measures"][name] = taken[name].as_json()
+        if options.json is not None:  # after each, so that no figure is lost with a later one
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"\n{table(taken)}")
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
+
+
+def _gpu() -> dict[str, Any]:
+    """The GPU and what is made for it, in a benchmark that has one."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return {}
+    packages = {name: _version(name) for name in ("transformer-engine", "flash-attn")}
+    return {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, **packages}
 
 
 def _significant(value: float) -> float:

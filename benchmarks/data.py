@@ -164,7 +164,7 @@ def waste_of(source: Source, length: int, windows: int = 5) -> float:
 def quality(plans: Planner, length: int, ranks: int = 8) -> str:
     """How evenly the streams of some steps fall on ranks, and how many slots are empty once they are dealt."""
     cost = Cost(12 * WIDTH, 300.0)
-    data = DataSettings(sequence_length=length, streams_multiple=ranks)
+    data = DataSettings(sequence_length=length)
     grouped = Planner(plans.blend, data, GEOMETRY, seed=1, global_batch_size=512)
     ratios, tokens, slots = [], 0, 0
     for number in range(grouped.window_steps * 4):

@@ -27,6 +27,7 @@ from llava_mcore.data.index import build_index, is_current  # noqa: E402
 from llava_mcore.data.lengths import OPTIONS, Lengths, build_lengths, summary  # noqa: E402
 from llava_mcore.data.shards import INDEX_DIR, UNREADABLE_FILE, ShardDataset  # noqa: E402
 from llava_mcore.data.storage import open_storage  # noqa: E402
+from llava_mcore.data.video import FrameChoice  # noqa: E402
 
 SHOWN = 10  # samples that are named on the screen; a file has them all
 
@@ -52,6 +53,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     index.add_argument("--system-prompt", help="as data.system_prompt of the run")
     index.add_argument("--image-start-token", default="", help="as data.image_start_token of the run")
     index.add_argument("--image-end-token", default="", help="as data.image_end_token of the run")
+    index.add_argument("--video-time-instruction", action="store_true", help="as data.video_time_instruction of the run")
+    frames = FrameChoice()
+    by = index.add_argument("--video-frames-by", choices=["uniform", "time", "fps"], default=frames.policy)
+    by.help = "as data.video_frames_by of the run; this and the next two count where times are told only"
+    index.add_argument("--video-frames", type=int, default=frames.frames, help="as data.video_frames of the run")
+    index.add_argument("--video-fps", type=float, default=frames.fps, help="as data.video_fps of the run")
     index.add_argument("--processes", type=int, help="processes that share the work (default: one a core)")
     index.add_argument("--force", action="store_true", help="build the index anew even if no shard has changed")
 
@@ -134,7 +141,9 @@ def run_index(arguments: argparse.Namespace) -> int:
         print(f"media that cannot be read: {dataset.unreadable}, named in {dataset.path / INDEX_DIR / UNREADABLE_FILE}")
     if arguments.tokenizer:
         with bar(len(dataset), "sample") as progress:
-            how = Rendering(**{name: getattr(arguments, name) for name in OPTIONS})
+            frames = FrameChoice(arguments.video_frames_by, arguments.video_frames, arguments.video_fps)
+            told = frames if arguments.video_time_instruction else None
+            how = Rendering(**{name: getattr(arguments, name) for name in OPTIONS}, frame_times=told)
             lengths = build_lengths(arguments.folder, arguments.tokenizer, how, progress.update, arguments.processes)
         _say_lengths(dataset, lengths)
     return 0

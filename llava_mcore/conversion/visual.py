@@ -5,6 +5,7 @@ No torch. The classes fix most of it in code (modeling_llava_next.py, modeling_l
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from typing import Any
 
@@ -68,7 +69,7 @@ def of_original(config: Config, size: int, where: Any) -> Config:
         raise ConversionError(f"{where}: image_aspect_ratio={aspect!r} (known: 'anyres' and 'anyres_max_9')")
     pinpoints = config.get("image_grid_pinpoints") or NEXT_PINPOINTS
     if isinstance(pinpoints, str):
-        raise ConversionError(f"{where}: image_grid_pinpoints={pinpoints!r}; write them out as pairs of pixels")
+        pinpoints = _all_between(pinpoints, size, where)
     anyres = {
         "grids": _grids([[height, width] for width, height in pinpoints], size, where),
         "merge": MERGES[kind],
@@ -136,6 +137,15 @@ def _grids(pinpoints: Any, size: int, where: Any) -> list[list[int]]:
     if wrong:
         raise ConversionError(f"{where}: image_grid_pinpoints has {wrong[0]}, no multiple of vision_config.image_size {size}")
     return [[side // size for side in pair] for pair in pinpoints]
+
+
+def _all_between(pinpoints: str, size: int, where: Any) -> list[list[int]]:
+    """LLaVA-NeXT's short form ``(1x1),...,(6x6)``, in tiles: every grid from the first to the last."""
+    ends = re.fullmatch(r"\((\d+)x(\d+)\),\.\.\.,\((\d+)x(\d+)\)", pinpoints.replace(" ", ""))
+    if ends is None:
+        raise ConversionError(f"{where}: image_grid_pinpoints={pinpoints!r} (known: pairs of pixels, and '(1x1),...,(6x6)')")
+    first, second, to_first, to_second = map(int, ends.groups())
+    return [[size * one, size * two] for one in range(first, to_first + 1) for two in range(second, to_second + 1)]
 
 
 def same(one: ModelSettings, other: ModelSettings) -> bool:

@@ -9,15 +9,18 @@ the same labels wherever LLaVA's counting works.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from llava_mcore.data.errors import DatasetError, SampleError
 from llava_mcore.data.templates import CHAT_TEMPLATE, TEMPLATES, Template
 from llava_mcore.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llava_mcore.data.video import FrameChoice
 
 IMAGE, VIDEO, AUDIO = "<image>", "<video>", "<audio>"
 IGNORE = -100
@@ -35,6 +38,19 @@ class Medium:
 
     kind: Literal["picture", "video", "sound"]
     embeddings: int = 0  # places it takes in the stream
+    seconds: tuple[float, ...] = ()  # of a video's frames, where the conversation tells them
+    lasts: float = 0.0  # seconds of the whole video, likewise
+
+    @property
+    def told(self) -> str:
+        """What LLaVA-Video says of its frames; nothing where their times are not given."""
+        if not self.seconds:
+            return ""
+        located = ",".join(f"{second:.2f}s" for second in self.seconds)
+        return (
+            f"The video lasts for {self.lasts:.2f} seconds, and {len(self.seconds)} frames are uniformly sampled from it. "
+            f"These frames are located at {located}.Please answer the following questions related to this video."
+        )
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,7 @@ class Rendering:
     label_rule: Literal["answers", "published"] = "answers"
     image_start_token: str = ""  # around every picture
     image_end_token: str = ""
+    frame_times: FrameChoice | None = None  # the frames of videos, whose times are told
 
 
 @dataclass(frozen=True)
@@ -101,14 +118,39 @@ def _check_texts(turns: list[tuple[str, str]], keeps_questions: bool, max_turns:
         raise SampleError(f"{len(turns)} turns, but this template takes {max_turns}")
 
 
-def _place_images(text: str, placeholder: re.Pattern[str], how: Rendering) -> str:
-    """LLaVA's rule: a single picture moves to the front of its turn, on a line of its own; several stay where they are."""
+def _placed(
+    turns: list[tuple[str, str]], how: Rendering, media: Sequence[Medium], keeps_questions: bool = True
+) -> list[tuple[str, str]]:
+    """The turns with their media where the model is to find them; of questions that are not kept, only these stay."""
+    placeholder, waiting = _visual(media), iter([medium for medium in media if medium.kind != "sound"])
+    return [
+        (
+            role,
+            _place_images(text, placeholder, how, waiting)
+            if keeps_questions or role == "gpt"
+            else "".join(placeholder.findall(text)),
+        )
+        for role, text in turns
+    ]
+
+
+def _place_images(text: str, placeholder: re.Pattern[str], how: Rendering, waiting: Iterator[Medium]) -> str:
+    """LLaVA's rule: a single picture moves to the front of its turn, on a line of its own; several stay where they are.
+
+    The times of a video's frames stand on the line after it, as in LLaVA-Video.
+    """
     found = placeholder.findall(text)
     if len(found) == 1:
         text = (found[0] + "\n" + text.replace(found[0], "").strip()).strip()
-    if how.image_start_token or how.image_end_token:
-        text = placeholder.sub(lambda match: how.image_start_token + match[0] + how.image_end_token, text)
-    return text
+
+    def written(match: re.Match[str]) -> str:
+        medium = next(waiting, None)  # where there are too few, ``_slots`` says so
+        place = how.image_start_token + match[0] + how.image_end_token
+        if medium is None or not medium.told:
+            return place
+        return f"{place}\n{medium.told}" + ("" if text[match.end() :].startswith("\n") else "\n")
+
+    return placeholder.sub(written, text)
 
 
 def _visual(media: Sequence[Medium]) -> re.Pattern[str]:
@@ -151,24 +193,18 @@ def render(
     _check_texts(turns, template.keeps_questions, template.max_turns)
     system = _system(said, how, template)
     published = template.published_opening and how.label_rule == "published"
-    placeholder = _visual(media)
     segments = [] if template.system_in_question else [Segment(system, False)]
-    for number, (role, text) in enumerate(turns):
+    for number, (role, text) in enumerate(_placed(turns, how, media, template.keeps_questions)):
         segments.append(Segment(template.mark, published or (role == "human" and number > 0)))
         if role == "human":
             first = system if template.system_in_question and not number else ""
             later = spelled(template.later_human) if number else ""
-            if template.keeps_questions:
-                text = _place_images(text, placeholder, how)
-            else:
-                text = "".join(placeholder.findall(text))
             segments.append(Segment(later + template.human + first + text + template.human_end, False))
         if role == "gpt" or number == len(turns) - 1:
             if role == "human":
                 segments.append(Segment(template.mark, published))
             segments.append(Segment(template.opening, published))
         if role == "gpt":
-            text = _place_images(text, placeholder, how)
             segments.append(Segment(template.glue + text + spelled(template.end), True))
             segments.append(Segment(template.after, published))
     if turns[-1][0] == "gpt":
@@ -199,9 +235,8 @@ def _render_own(conversations: Any, how: Rendering, tokenizer: Tokenizer, media:
     said, turns = _turns(conversations)
     _check_texts(turns, True, None)
     system = next((text for text in (said, how.system_prompt) if text is not None), None)
-    placeholder = _visual(media)
     messages = [] if system is None else [{"role": "system", "content": system}]
-    messages += [{"role": _ROLES[role], "content": _place_images(text, placeholder, how)} for role, text in turns]
+    messages += [{"role": _ROLES[role], "content": text} for role, text in _placed(turns, how, media)]
     return [Segment(*piece) for piece in render_chat(tokenizer.chat_template, messages, tokenizer.special_tokens)]
 
 
@@ -331,6 +366,14 @@ def encode_prompt_of(
             raise SampleError("the conversation has no human turn to answer")
         conversations = conversations[: last + 1]
     return _tokenize(_segments(conversations, tokenizer, how, media), tokenizer, how, media, image_token_id)[0]
+
+
+def answer_end(how: Rendering) -> str:
+    """The text that ends an answer where no end-of-sequence token does; else nothing, as after a tokenizer's own template."""
+    if how.template == CHAT_TEMPLATE:
+        return ""
+    template = TEMPLATES[how.template]
+    return template.mark or template.end.replace("{eos}", "").strip(" ")
 
 
 def encode_conversation(

@@ -1,9 +1,10 @@
-"""DALI as decoder: pipelines without state that take a chunk of encoded media and give pixels, resized and normalised.
+"""DALI as decoder: pipelines without state that take a chunk of encoded media and give pixels.
 
-The resize is that of transformers' image processor: sizes computed as it does, cubic with antialiasing, and only the part that
-the centre crop keeps. One thing differs: Pillow rounds and clips between its two passes and DALI does not, which is up to 8/255
-in photographs (0.2 on average) and 30/255 at hard edges of full contrast, as in text. ``gpu`` selects nvJPEG and NVDEC (``mixed``
-operators); no GPU has run that yet.
+On a GPU (nvJPEG and NVDEC: ``mixed`` operators) they are also resized and normalised there, as transformers' image processor
+does: sizes computed alike, cubic with antialiasing, and only the part that the centre crop keeps. One thing differs: Pillow
+rounds and clips between its two passes and DALI does not, which is up to 8/255 in photographs (0.2 on average) and 30/255 at
+hard edges of full contrast, as in text. No GPU has run that yet; the same graph runs on a CPU, where ``image.resize_fast`` is
+nearer and faster.
 """
 
 from __future__ import annotations
@@ -62,8 +63,12 @@ class Pipelines:
     def __init__(self, pixels: PixelSettings, threads: int, chunk: int, gpu: int | None = None) -> None:
         self._settings, self._threads, self._chunk, self._gpu = pixels, threads, chunk, gpu
 
+    def decoded(self, data: Sequence[bytes]) -> list[np.ndarray]:
+        """Decodes pictures on the CPU: uint8 [height, width, 3] each, RGB. Arguments and errors as in ``pictures``."""
+        return self._run(self._plain_pipeline, data, {})
+
     def pictures(self, data: Sequence[bytes], sizes: Sequence[tuple[int, int]]) -> list[np.ndarray]:
-        """Decodes pictures.
+        """Decodes, resizes and normalises pictures.
 
         Args:
             data: of each, a JPEG, PNG or WebP.
@@ -75,16 +80,15 @@ class Pipelines:
         Raises:
             RuntimeError: DALI cannot decode one of them (it does not say which). The pipeline goes on working.
         """
-        return self._run(self._picture_pipeline, data, sizes, {})
+        return self._run(self._picture_pipeline, data, self._geometry(sizes))
 
     def videos(self, data: Sequence[bytes], sizes: Sequence[tuple[int, int]], frames: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Decodes some frames of each of some videos; float32 [F, 3, S, S] each. Arguments and errors as in ``pictures``."""
-        return self._run(self._video_pipeline, data, sizes, {"frames": [chosen.astype(np.int32) for chosen in frames]})
+        chosen = {"frames": [numbers.astype(np.int32) for numbers in frames]}
+        return self._run(self._video_pipeline, data, {**chosen, **self._geometry(sizes)})
 
-    def _run(
-        self, pipeline: Any, data: Sequence[bytes], sizes: Sequence[tuple[int, int]], more: dict[str, list[np.ndarray]]
-    ) -> list[np.ndarray]:
-        inputs = {"encoded": [np.frombuffer(item, dtype=np.uint8) for item in data], **more, **self._geometry(sizes)}
+    def _run(self, pipeline: Any, data: Sequence[bytes], more: dict[str, list[np.ndarray]]) -> list[np.ndarray]:
+        inputs = {"encoded": [np.frombuffer(item, dtype=np.uint8) for item in data], **more}
         for name, values in inputs.items():
             pipeline.feed_input(name, values)
         (output,) = pipeline.run()
@@ -109,17 +113,25 @@ class Pipelines:
         return {"begin": begins, "end": ends}
 
     @cached_property
+    def _plain_pipeline(self) -> Any:
+        with self._new() as pipeline:
+            pipeline.set_outputs(self._decode_pictures())
+        return _built(pipeline)
+
+    @cached_property
     def _picture_pipeline(self) -> Any:
+        with self._new() as pipeline:
+            pipeline.set_outputs(self._resize(self._decode_pictures(), "CHW"))
+        return _built(pipeline)
+
+    def _decode_pictures(self) -> Any:
         from nvidia.dali import fn, types
 
-        with self._new() as pipeline:
-            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-            device = "cpu" if self._gpu is None else "mixed"
-            # On a GPU: chroma as a CPU upsamples it.
-            like_cpu = {} if self._gpu is None else {"jpeg_fancy_upsampling": True}
-            pixels = fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False, **like_cpu)
-            pipeline.set_outputs(self._resize(pixels, "CHW"))
-        return _built(pipeline)
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+        device = "cpu" if self._gpu is None else "mixed"
+        # On a GPU: chroma as a CPU upsamples it.
+        like_cpu = {} if self._gpu is None else {"jpeg_fancy_upsampling": True}
+        return fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False, **like_cpu)
 
     @cached_property
     def _video_pipeline(self) -> Any:

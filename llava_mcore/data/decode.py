@@ -1,15 +1,17 @@
 """The decoder of media: bytes in, what a tower sees out. It holds no state, so order and resuming are no business of its.
 
 Two backends. ``python`` decodes pictures with Pillow and videos with PyAV, and gives the very numbers of transformers' image
-processor. ``dali`` gives what DALI can do to pipelines of DALI, one for each kind of medium, fed with chunks of requests; the
-rest goes the Python way. Which way a medium takes depends on its own bytes alone (and on whether DALI and a GPU are there), so
-its pixels are the same to the bit alone or in any company.
+processor. ``dali`` gives what DALI can decode to pipelines of DALI, fed with chunks of requests, and resizes fast: within 2/255
+of those numbers on a CPU. ``auto`` is ``dali`` that does without DALI where it is not installed: on a CPU with the same bits.
+Which way a medium takes depends on its own bytes alone (and on whether DALI and a GPU are there), so its pixels are the same to
+the bit alone or in any company.
 
 ===================================  ==============================  ==============================
 medium                               dali on a CPU                   dali on a GPU
 ===================================  ==============================  ==============================
 JPEG, PNG, WebP: plain               DALI                            nvJPEG and DALI
-other pictures, those of many tiles  Pillow                          Pillow
+the same, of many tiles              DALI                            Pillow
+other pictures                       Pillow                          Pillow
 H.264, HEVC, VP8, VP9, AV1           PyAV                            NVDEC, where the chip can
 other videos                         PyAV                            PyAV
 sounds                               PyAV                            PyAV
@@ -27,17 +29,17 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from llava_mcore.data.audio import decode_sound
 from llava_mcore.data.dali_pipelines import Pipelines, PixelSettings, dali_version, nvdec_formats
 from llava_mcore.data.errors import DatasetError, SampleError
-from llava_mcore.data.image import open_rgb, preprocess, preprocess_tiles, resized
+from llava_mcore.data.image import open_rgb, preprocess, preprocess_tiles, resize_exactly, resize_fast, resized
 from llava_mcore.data.probe import AUDIOS, PICTURES, VIDEOS, picture_header
-from llava_mcore.data.video import FrameChoice, decode_frames, scan_video
+from llava_mcore.data.video import FrameChoice, VideoScan, decode_frames, scan_video
 from llava_mcore.geometry import Geometry, Shape
 from llava_mcore.settings.schema import DataSettings
 
@@ -75,7 +77,7 @@ class Decoder:
         pixels: how pictures and frames are resized and normalised.
         frames: which frames of a video are decoded.
         geometry: how pictures of several tiles are cut; None: there are none.
-        backend: ``python``, ``dali``, or ``auto``: DALI where it is installed.
+        backend: ``python``, ``dali``, or ``auto``.
         threads: media, or chunks of them, decoded at a time; each on one core.
         gpu: DALI decodes on this GPU; None: on the CPU.
 
@@ -95,6 +97,7 @@ class Decoder:
     ) -> None:
         self._pixels, self._frames, self._gpu, self._threads = pixels, frames or FrameChoice(), gpu, threads
         self._tiling = geometry
+        self._resize = resize_exactly if backend == "python" else resize_fast
         self._version = None if backend == "python" else dali_version()
         if backend == "python" and gpu is not None:
             raise DatasetError("data.decode_on=gpu needs DALI: set data.decoder=auto, or data.decode_on=cpu")
@@ -134,10 +137,13 @@ class Decoder:
 
     def describe(self) -> str:
         """Which decoders are used, for a log."""
+        resize = (
+            "resized exactly as transformers does" if self._resize is resize_exactly else "resized within 2/255 of transformers"
+        )
         if self._version is None:
-            return "pictures by Pillow, video and sound by PyAV, on the CPU"
+            return f"pictures by Pillow, video and sound by PyAV, on the CPU; {resize}"
         if self._gpu is None:
-            return f"pictures by DALI {self._version} where it can, else by Pillow, video and sound by PyAV, on the CPU"
+            return f"pictures by DALI {self._version} where it can, else by Pillow, video and sound by PyAV, on the CPU; {resize}"
         return (
             f"pictures and video by DALI {self._version} on GPU {self._gpu} where it can, else by Pillow and PyAV; sound by PyAV"
         )
@@ -183,18 +189,21 @@ class Decoder:
         try:
             if item.medium == "picture":
                 header = picture_header(request.data)
-                item.size, item.by_dali = (header.width, header.height), header.plain and not request.tiled
-            else:
+                item.size, item.by_dali = (header.width, header.height), header.plain and self._version is not None
+                if self._gpu is not None and request.tiled:
+                    item.by_dali = False
+                if self._pixels.image_mode == "square" and not request.tiled:
+                    resized(*item.size, self._pixels.image_size)  # raises before anything is decoded
+            elif self._dali_video:
                 scan = scan_video(request.data)
-                item.size = scan.width, scan.height
-                item.frames = self._frames.choose(scan.times, scan.probe.fps, request.key)
+                item.size, item.frames = (scan.width, scan.height), self._choose(request, scan)
                 item.by_dali = (scan.codec, scan.pixel_format) in self._dali_video and scan.packets == len(scan.pts)
-            item.by_dali = item.by_dali and self._version is not None
-            if self._pixels.image_mode == "square" and not request.tiled:
-                resized(*item.size, self._pixels.image_size)
         except SampleError as error:
             item.result, item.by_dali = error, False
         return item
+
+    def _choose(self, request: Request, scan: VideoScan) -> np.ndarray:
+        return self._frames.choose(scan.times, scan.probe.fps, request.key)
 
     def _decode(self, chunk: list[_Item]) -> None:
         """Fills in the results of some media that go the same way."""
@@ -207,7 +216,9 @@ class Decoder:
         pipelines = self._pipelines.get()
         try:
             data, sizes = [item.request.data for item in chunk], [item.size for item in chunk]
-            if chunk[0].medium == "picture":
+            if self._gpu is None:
+                results = [self._see(pixels, item.request) for item, pixels in zip(chunk, pipelines.decoded(data), strict=True)]
+            elif chunk[0].medium == "picture":
                 results = pipelines.pictures(data, sizes)
             else:
                 results = pipelines.videos(data, sizes, [item.frames for item in chunk if item.frames is not None])
@@ -230,24 +241,21 @@ class Decoder:
             if item.medium == "sound":
                 return decode_sound(item.request.data)
             if item.medium == "picture":
-                image = open_rgb(item.request.data)
-                return self._cut(image) if item.request.tiled else self._preprocess(image)
-            assert item.frames is not None
-            frames = decode_frames(item.request.data, item.frames.tolist())
-            return np.stack([self._preprocess(Image.fromarray(frame)) for frame in frames])
+                return self._see(np.asarray(open_rgb(item.request.data)), item.request)
+            frames = decode_frames(item.request.data, partial(self._choose, item.request))
+            return np.stack([self._see(frame, item.request) for frame in frames])
         except SampleError as error:
             return error
 
-    def _cut(self, image: Image.Image) -> np.ndarray:
-        how, tiling = self._pixels, self._tiling
-        if tiling is None or tiling.anyres is None:
-            raise ValueError("a picture of several tiles needs a geometry with anyres")
-        cut = tiling.cut(Shape(*image.size))
-        return preprocess_tiles(image, cut, tiling.anyres.base, how.image_size, how.image_mean, how.image_std)
-
-    def _preprocess(self, image: Image.Image) -> np.ndarray:
+    def _see(self, pixels: np.ndarray, request: Request) -> np.ndarray:
+        """What the tower sees of a decoded picture or frame, uint8 [height, width, 3]."""
         how = self._pixels
-        return preprocess(image, how.image_mode, how.image_size, how.image_mean, how.image_std)
+        if not request.tiled:
+            return preprocess(pixels, how.image_mode, how.image_size, how.image_mean, how.image_std, self._resize)
+        if self._tiling is None or self._tiling.anyres is None:
+            raise ValueError("a picture of several tiles needs a geometry with anyres")
+        cut, base = self._tiling.cut(Shape(*pixels.shape[1::-1])), self._tiling.anyres.base
+        return preprocess_tiles(pixels, cut, base, how.image_size, how.image_mean, how.image_std, self._resize)
 
 
 def _capability(gpu: int) -> tuple[int, int]:

@@ -1,13 +1,13 @@
 """Pictures: from the bytes of a file to what the vision tower sees.
 
-``preprocess`` gives the very numbers of transformers' ``CLIPImageProcessor`` (Pillow backend), which is what published LLaVA
-checkpoints were trained behind.
+With ``resize_exactly``, ``preprocess`` gives the very numbers of transformers' ``CLIPImageProcessor`` (Pillow backend), which is
+what published LLaVA checkpoints were trained behind; with ``resize_fast`` each pixel is within 2/255 of them.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -19,6 +19,28 @@ from llava_mcore.geometry import Cut
 
 # `square` enlarges before it crops, and a strip of 1 x 100,000 would become a giant.
 MAX_RESIZED_PIXELS = 2 * MAX_PIXELS
+
+# From uint8 [height, width, 3] to another width and height, cubic and with antialiasing.
+Resize = Callable[[np.ndarray, tuple[int, int]], np.ndarray]
+
+
+def resize_exactly(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """As transformers resizes: by Pillow."""
+    return np.asarray(Image.fromarray(pixels).resize(size, resample=Image.Resampling.BICUBIC))
+
+
+def resize_fast(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """By torch, which uses the CPU's vector instructions: five times as fast, and at most two of 255 steps from Pillow's."""
+    import torch  # takes seconds, and not all that reads pictures resizes them
+
+    (height, width), (to_width, to_height) = pixels.shape[:2], size
+    grid = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)[None]
+    # Both round between their two passes, so that the order counts. Torch goes first along rows; Pillow (13) goes first along
+    # columns where that takes away more than twice as many pixels.
+    by_columns = height > to_height and height - to_height > 2 * (width - to_width)
+    for step in ((to_height, width), (to_height, to_width)) if by_columns else ((to_height, to_width),):
+        grid = torch.nn.functional.interpolate(grid, size=step, mode="bicubic", antialias=True)
+    return grid[0].permute(1, 2, 0).numpy()
 
 
 def _open(data: bytes) -> Image.Image:
@@ -61,13 +83,15 @@ def open_rgb(data: bytes) -> Image.Image:
         raise SampleError(f"picture is corrupt or truncated ({type(error).__name__}: {error})") from error
 
 
-def _pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
+def _pad_to_square(pixels: np.ndarray, mean: Sequence[float]) -> np.ndarray:
     """LLaVA's expand2square: centred on a square of the mean colour."""
-    side = max(image.size)
-    if image.width == image.height:
-        return image
-    square = Image.new("RGB", (side, side), tuple(int(255 * channel) for channel in mean))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    height, width = pixels.shape[:2]
+    if width == height:
+        return pixels
+    side = max(width, height)
+    square = np.full((side, side, 3), [int(255 * channel) for channel in mean], dtype=np.uint8)
+    left, top = (side - width) // 2, (side - height) // 2
+    square[top : top + height, left : left + width] = pixels
     return square
 
 
@@ -83,60 +107,76 @@ def resized(width: int, height: int, image_size: int) -> tuple[int, int]:
     return (image_size, long) if width <= height else (long, image_size)
 
 
-def preprocess(image: Image.Image, mode: str, image_size: int, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+def preprocess(
+    image: Image.Image | np.ndarray,
+    mode: str,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    resize: Resize = resize_exactly,
+) -> np.ndarray:
     """Resizes, crops and normalises.
 
     Args:
-        image: an RGB picture.
+        image: an RGB picture, or its pixels, uint8 [height, width, 3].
         mode: ``square`` resizes the short side to ``image_size`` and cuts out the middle; ``pad`` first fills up to a square;
             ``stretch`` resizes both sides, as SigLIP's processor does.
         image_size: side of the result.
         mean: per channel, subtracted after scaling to 0..1.
         std: per channel, divided by.
+        resize: exactly or fast.
 
     Returns:
         float32 array [3, image_size, image_size].
     """
+    pixels = np.asarray(image)
     if mode == "pad":
-        image = _pad_to_square(image, mean)
+        pixels = _pad_to_square(pixels, mean)
     elif mode not in ("square", "stretch"):
         raise ValueError(f"unknown image mode {mode!r}: pad, square and stretch are known")
-    size = (image_size, image_size) if mode == "stretch" else resized(image.width, image.height, image_size)
-    image = image.resize(size, resample=Image.Resampling.BICUBIC)
-    left, top = (image.width - image_size) // 2, (image.height - image_size) // 2
-    return _pixels(image.crop((left, top, left + image_size, top + image_size)), mean, std)
+    height, width = pixels.shape[:2]
+    size = (image_size, image_size) if mode == "stretch" else resized(width, height, image_size)
+    left, top = (size[0] - image_size) // 2, (size[1] - image_size) // 2
+    return _normalise(resize(pixels, size)[top : top + image_size, left : left + image_size], mean, std)
 
 
 def preprocess_tiles(
-    image: Image.Image, cut: Cut, base: bool, image_size: int, mean: Sequence[float], std: Sequence[float]
+    image: Image.Image | np.ndarray,
+    cut: Cut,
+    base: bool,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    resize: Resize = resize_exactly,
 ) -> np.ndarray:
     """Cuts a picture into tiles, as LLaVA-NeXT does, and normalises them.
 
     Args:
-        image: an RGB picture.
+        image: an RGB picture, or its pixels, uint8 [height, width, 3].
         cut: the grid, from ``geometry``.
         base: whether the whole picture, resized to a tile whatever its sides, comes first.
         image_size: side of a tile.
         mean: per channel, subtracted after scaling to 0..1.
         std: per channel, divided by.
+        resize: exactly or fast.
 
     Returns:
         float32 array [tiles, 3, image_size, image_size], the grid row by row.
     """
-    how = Image.Resampling.BICUBIC
-    tiles = [image.resize((image_size, image_size), resample=how)] if base else []
-    canvas = Image.new("RGB", (cut.columns * image_size, cut.rows * image_size))
-    whole = image.resize((cut.width, cut.height), resample=how)
-    canvas.paste(whole, ((canvas.width - cut.width) // 2, (canvas.height - cut.height) // 2))
-    for top in range(0, canvas.height, image_size):
-        for left in range(0, canvas.width, image_size):
-            tiles.append(canvas.crop((left, top, left + image_size, top + image_size)))
-    return np.stack([_pixels(tile, mean, std) for tile in tiles])
-
-
-def _pixels(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Normalised pixels, float32 [3, h, w]."""
     pixels = np.asarray(image)
+    tiles = [resize(pixels, (image_size, image_size))] if base else []
+    height, width = cut.rows * image_size, cut.columns * image_size
+    left, top = (width - cut.width) // 2, (height - cut.height) // 2
+    canvas = np.zeros((height, width, 3), dtype=np.uint8)
+    canvas[top : top + cut.height, left : left + cut.width] = resize(pixels, (cut.width, cut.height))
+    for top in range(0, height, image_size):
+        for left in range(0, width, image_size):
+            tiles.append(canvas[top : top + image_size, left : left + image_size])
+    return np.stack([_normalise(tile, mean, std) for tile in tiles])
+
+
+def _normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Normalised pixels, float32 [3, h, w], of uint8 [h, w, 3]."""
     table = _normalised(tuple(mean), tuple(std))
     result = np.empty((3, *pixels.shape[:2]), dtype=np.float32)
     for channel in range(3):

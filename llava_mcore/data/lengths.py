@@ -11,7 +11,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,12 @@ import numpy as np
 from llava_mcore.data.conversation import Rendering, encode_sample
 from llava_mcore.data.errors import DatasetError, SampleError
 from llava_mcore.data.index import run_parallel
-from llava_mcore.data.sample import media_of
+from llava_mcore.data.sample import written_media
 from llava_mcore.data.shards import AUDIO, INDEX_DIR, ShardDataset
 from llava_mcore.data.tokenizer import Tokenizer, load_tokenizer
 
 VERSION = 1
-# Of a rendering, what changes lengths; prepare_data.py has an option for each.
+# Of a rendering, what changes lengths, beside the frames whose times are told; prepare_data.py has options for all.
 OPTIONS = ("template", "system_prompt", "image_start_token", "image_end_token")
 # Fewer samples than this are tokenised before a second process has started.
 FEW = 5000
@@ -52,7 +52,8 @@ class Lengths:
 
 def digest_of(dataset: ShardDataset, tokenizer: Tokenizer, how: Rendering) -> str:
     """What names the lengths of a dataset: all they depend on."""
-    depends = [VERSION, dataset.digest, tokenizer.digest, {name: getattr(how, name) for name in OPTIONS}]
+    told = {} if how.frame_times is None else {"frame_times": asdict(how.frame_times)}
+    depends = [VERSION, dataset.digest, tokenizer.digest, {name: getattr(how, name) for name in OPTIONS} | told]
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
 
 
@@ -64,6 +65,9 @@ def command_of(path: Path, tokenizer: str, how: Rendering) -> str:
         for name in OPTIONS
         if (value := getattr(how, name)) is not None and (name == "template" or value != getattr(plain, name))
     ]
+    if (told := how.frame_times) is not None:
+        given += ["--video-time-instruction", f"--video-frames-by {told.policy}", f"--video-frames {told.frames}"]
+        given += [f"--video-fps {told.fps:g}"] * (told.policy == "fps")
     return " ".join([f"python tools/prepare_data.py index {path} --tokenizer {tokenizer}", *given])
 
 
@@ -112,7 +116,7 @@ def text_length(dataset: ShardDataset, index: int, tokenizer: Tokenizer, how: Re
         dataset.read_record(index).get("conversations"),
         tokenizer,
         how,
-        media=media_of([medium.family for medium in media], places),
+        media=written_media(media, places, how),
         image_token_id=-1,  # in no text
     )
     head = int(tokens.image_slots[-1]) + 1 - sum(places) if sum(places) else 0

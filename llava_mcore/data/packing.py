@@ -73,7 +73,8 @@ def deal(streams: Sequence[Stream], costs: Sequence[float], size: int, multiple:
     """Deals streams to data-parallel ranks.
 
     Every rank gets the same number, a multiple of ``multiple`` and not zero; empty streams fill up. The costliest go first, to
-    the rank with the least to do (Graham's LPT rule), and stay in that order, so that ranks also keep pace within a step.
+    the rank with the least to do (Graham's LPT rule); then the rank with the most to do swaps streams with others, as long as
+    that makes it less. A rank's streams stand from the costliest on, so that ranks also keep pace within a step.
 
     Args:
         streams: indices of the samples of each stream.
@@ -87,11 +88,47 @@ def deal(streams: Sequence[Stream], costs: Sequence[float], size: int, multiple:
     per_rank = max(1, round_up(len(streams), size * multiple) // (size * multiple)) * multiple
     filled = [*streams, *([[]] * (per_rank * size - len(streams)))]
     sums = [sum(costs[index] for index in stream) for stream in filled]
-    ranks: list[list[Stream]] = [[] for _ in range(size)]
+    ranks: list[list[int]] = [[] for _ in range(size)]
     loads = [(0.0, rank) for rank in range(size)]
     for number in sorted(range(len(filled)), key=lambda number: (-sums[number], number)):
         load, rank = heapq.heappop(loads)
-        ranks[rank].append(list(filled[number]))
+        ranks[rank].append(number)
         if len(ranks[rank]) < per_rank:
             heapq.heappush(loads, (load + sums[number], rank))
-    return ranks
+    _even_out(ranks, sums)
+    return [[list(filled[number]) for number in sorted(rank, key=lambda number: (-sums[number], number))] for rank in ranks]
+
+
+EVEN_ENOUGH = 1.001  # longest over mean
+
+
+def _even_out(ranks: list[list[int]], sums: Sequence[float]) -> None:
+    """Swaps streams of the rank with the most to do for lesser ones of others, those with the least to do first, in place."""
+    loads = [sum(sums[number] for number in rank) for rank in ranks]
+    enough = EVEN_ENOUGH * sum(loads) / len(loads)
+    for _ in range(8 * len(ranks)):  # each makes the longest less; more are seldom needed
+        longest = max(range(len(ranks)), key=loads.__getitem__)
+        if loads[longest] <= enough or not _swap(longest, ranks, loads, sums):
+            return
+
+
+def _swap(longest: int, ranks: list[list[int]], loads: list[float], sums: Sequence[float]) -> bool:
+    """The best swap of a rank with the first other that has any; false: there is none."""
+    for other in sorted(range(len(ranks)), key=loads.__getitem__):
+        gap = loads[longest] - loads[other]
+        places = sorted(range(len(ranks[other])), key=lambda place: sums[ranks[other][place]])
+        values = [sums[ranks[other][place]] for place in places]
+        found: list[tuple[float, int, int, float]] = []
+        for place, number in enumerate(ranks[longest]):
+            at = bisect_left(values, sums[number] - gap / 2)  # half of the gap would make both alike
+            for near in (at - 1, at):
+                if 0 <= near < len(values) and 0 < sums[number] - values[near] < gap:
+                    moved = sums[number] - values[near]
+                    found.append((abs(moved - gap / 2), place, places[near], moved))
+        if found:
+            _, mine, its, moved = min(found)
+            ranks[longest][mine], ranks[other][its] = ranks[other][its], ranks[longest][mine]
+            loads[longest] -= moved
+            loads[other] += moved
+            return True
+    return False

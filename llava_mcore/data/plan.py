@@ -196,7 +196,9 @@ class Planner:
         if self._data.shuffle:
             order = permute(np.arange(len(streams), dtype=np.int64), len(streams), key(self.seed, STREAMS, window))
             streams = [streams[number] for number in order.tolist()]
-        multiple = min(self._data.streams_multiple, len(streams) // steps)
+        multiple = self._data.streams_multiple
+        while 2 * multiple > max(2, len(streams) // steps):  # steps would be of very different sizes
+            multiple //= 2
         groups = -(-len(streams) // multiple)
         edges = [groups * step // steps * multiple for step in range(steps + 1)]
         return [streams[a:b] for a, b in zip(edges, edges[1:], strict=False)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -24,7 +24,14 @@ _KINDS: dict[int, Literal["picture", "video", "sound"]] = {PICTURE: "picture", V
 
 def rendering_of(data: DataSettings) -> Rendering:
     """How the settings write conversations."""
-    return Rendering(data.template, data.system_prompt, data.label_rule, data.image_start_token, data.image_end_token)
+    return Rendering(
+        data.template,
+        data.system_prompt,
+        data.label_rule,
+        data.image_start_token,
+        data.image_end_token,
+        frames_of(data) if data.video_time_instruction else None,
+    )
 
 
 def frames_of(data: DataSettings) -> FrameChoice:
@@ -50,6 +57,25 @@ def positions_of(length: int, image_slots_E: np.ndarray, geometry: Geometry, sha
 def media_of(families: Sequence[int], embeddings: Sequence[int]) -> list[conversation.Medium]:
     """Media of some families as a conversation is written with them, and the places each takes."""
     return [conversation.Medium(_KINDS[family], count) for family, count in zip(families, embeddings, strict=True)]
+
+
+def written_media(media: Sequence[Medium], embeddings: Sequence[int], how: Rendering) -> list[conversation.Medium]:
+    """The media of a sample as its conversation is written with them, with times of frames where those are told."""
+    plain = media_of([medium.family for medium in media], embeddings)
+    if how.frame_times is None:
+        return plain
+    return [
+        replace(written, seconds=_seconds(medium, how.frame_times, 0), lasts=medium.frames / (medium.fps or 1.0))
+        if medium.family == VIDEO
+        else written
+        for medium, written in zip(media, plain, strict=True)
+    ]
+
+
+def _seconds(medium: Medium, frames: FrameChoice, choice: int) -> tuple[float, ...]:
+    """When the chosen frames of a video are shown. The index knows the average rate: exact but for videos whose rate varies."""
+    times = np.arange(medium.frames) / (medium.fps or 1.0)
+    return tuple(times[frames.choose(times, medium.fps, choice)].tolist())
 
 
 @dataclass(frozen=True)
@@ -93,12 +119,9 @@ class Reading:
         ]
 
     def _clip(self, medium: Medium, choice: int) -> Shape:
-        frames, fps = medium.frames, medium.fps
         if not self.geometry.has_time:
-            return Shape(frames=self.frames.count(frames, fps))
-        # The index knows the average rate: exact but for videos whose rate varies.
-        times = np.arange(frames) / (fps or 1.0)
-        seconds = tuple(times[self.frames.choose(times, fps, choice)].tolist())
+            return Shape(frames=self.frames.count(medium.frames, medium.fps))
+        seconds = _seconds(medium, self.frames, choice)
         return Shape(frames=len(seconds), seconds=seconds)
 
     def encode(self, dataset: ShardDataset, index: int, record: dict[str, Any]) -> EncodedSample:
@@ -165,7 +188,7 @@ class Reading:
         shapes = iter(self.shapes(dataset, index))
         media = dataset.media(index)
         counts = [self.geometry.embeddings(next(shapes)) if medium.family in (PICTURE, VIDEO) else 0 for medium in media]
-        return media_of([medium.family for medium in media], counts)
+        return written_media(media, counts, self.how)
 
 
 def count_visual(

@@ -188,14 +188,14 @@ def _scan(container: Any) -> tuple[VideoScan, list[Any]]:
     return scan, packets
 
 
-def decode_frames(data: bytes, frames: Sequence[int]) -> list[np.ndarray]:
+def decode_frames(data: bytes, frames: Sequence[int] | Callable[[VideoScan], np.ndarray]) -> list[np.ndarray]:
     """Decodes some frames of a video, on one core.
 
     Only what those frames need is decoded: from the keyframe before each, without the frames in between that no other refers to.
 
     Args:
         data: an MP4, WebM or Matroska file.
-        frames: their numbers, from 0, in any order, repeated or not.
+        frames: their numbers, from 0, in any order, repeated or not; or what chooses them.
 
     Returns:
         uint8 [height, width, 3] each, RGB, as stored: no rotation is applied.
@@ -205,7 +205,8 @@ def decode_frames(data: bytes, frames: Sequence[int]) -> list[np.ndarray]:
     """
     with _open(data) as container:
         scan, packets = _scan(container)
-        wanted = sorted(set(int(frame) for frame in frames))
+        frames = [int(frame) for frame in (frames(scan) if callable(frames) else frames)]
+        wanted = sorted(set(frames))
         if not wanted:
             return []
         if wanted[0] < 0 or wanted[-1] >= len(scan.pts):
@@ -228,7 +229,7 @@ def decode_frames(data: bytes, frames: Sequence[int]) -> list[np.ndarray]:
         missing = [number for number in wanted if number not in found]
         if missing:
             raise SampleError(f"frame {missing[0]} of the {len(scan.pts)} of the video cannot be decoded")
-        return [found[int(frame)] for frame in frames]
+        return [found[frame] for frame in frames]
 
 
 def _runs(scan: VideoScan, packets: list[Any], wanted: list[int]) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from llava_mcore.data.conversation import IGNORE
+from llava_mcore.data.conversation import IGNORE, Rendering, answer_end
 from llava_mcore.data.decode import Decoder
 from llava_mcore.data.loader import Batch, Piece, lay_out
 from llava_mcore.data.packing import pack
@@ -42,6 +42,30 @@ class Prompt:
     input_ids_L: np.ndarray  # int64, image_token_id at every image embedding
     pixels_nCHW: np.ndarray  # float32
     shapes: list[Shape]  # of the pictures and clips
+
+
+class AnswerEnd:
+    """Where an answer ends: at the end-of-sequence token, or with what the template writes instead, which is no part of it."""
+
+    def __init__(self, tokenizer: Tokenizer, how: Rendering) -> None:
+        self._tokenizer, self._text = tokenizer, answer_end(how)
+        self._ids = tokenizer.encode(self._text)[0] if self._text else []
+
+    def reached(self, ids: list[int]) -> bool:
+        """Whether an answer of these ids is over."""
+        if not ids or not self._text:
+            return bool(ids) and ids[-1] == self._tokenizer.eos_id
+        return ids[-1] == self._tokenizer.eos_id or self._has_ids(ids) or self._tokenizer.decode(ids).endswith(self._text)
+
+    def text(self, ids: list[int]) -> str:
+        """The answer without its end."""
+        if self._has_ids(ids):  # a special token, that leaves no text, or one of several
+            ids = ids[: -len(self._ids)]
+        text = self._tokenizer.decode([number for number in ids if number != self._tokenizer.eos_id])
+        return text.removesuffix(self._text)
+
+    def _has_ids(self, ids: list[int]) -> bool:
+        return bool(self._ids) and ids[-len(self._ids) :] == self._ids
 
 
 class Inference:
@@ -76,6 +100,7 @@ class Inference:
         self.tokenizer: Tokenizer = load_tokenizer(settings.data.tokenizer or "")
         model = settings.model
         self._reading = Reading.from_settings(self.tokenizer, settings.data, model.geometry, model.image_token_id)
+        self._end = AnswerEnd(self.tokenizer, self._reading.how)
         self._decoder = Decoder.from_settings(settings.data, model.geometry)
 
     def prompt(self, dataset: ShardDataset, index: int) -> Prompt:
@@ -90,8 +115,8 @@ class Inference:
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
         """The answers to this replica's prompts, greedy; every rank of the replica calls it with the same prompts.
 
-        An answer ends with the end-of-sequence token, at ``max_new_tokens``, or where the stream is full or the decoder's
-        positions are at their end.
+        An answer ends with the end-of-sequence token, with what the template ends it by, at ``max_new_tokens``, or where the
+        stream is full or the decoder's positions are at their end.
         """
         answers: list[list[int]] = [[] for _ in prompts]
         active = list(range(len(prompts)))
@@ -100,7 +125,7 @@ class Inference:
                 number
                 for number in active
                 if len(prompts[number].input_ids_L) + len(answers[number]) <= self._room(prompts[number])
-                and (not answers[number] or answers[number][-1] != self.tokenizer.eos_id)
+                and not self._end.reached(answers[number])
             ]
             if not active:
                 break
@@ -108,8 +133,7 @@ class Inference:
                 active, self._next_tokens([prompts[n] for n in active], [answers[n] for n in active]), strict=True
             ):
                 answers[number].append(token)
-        ends = {self.tokenizer.eos_id}
-        return [self.tokenizer.decode([token for token in answer if token not in ends]) for answer in answers]
+        return [self._end.text(answer) for answer in answers]
 
     def _room(self, prompt: Prompt) -> int:
         """The most tokens of a prompt and its answer."""

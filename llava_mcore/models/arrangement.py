@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llava_mcore.geometry import Geometry
 from llava_mcore.models.embedding_order import Arrangement
+from llava_mcore.platform.copies import upload
 
 
 def pool_tiles(features_nPH: Tensor, strides: Sequence[int], how: str) -> Tensor:
@@ -78,8 +79,8 @@ class LearnedTokens(nn.Module):
         """
         device, dtype = features_FH.device, features_FH.dtype
         if self.time_gate is not None and self._period is not None:
-            table_NH = sinusoids(order.seconds, self.time_gate.shape[0], self._period).to(device, dtype, non_blocking=True)
-            each = torch.tensor(order.rows, dtype=torch.int64).to(device, non_blocking=True)
+            table_NH = upload(sinusoids(order.seconds, self.time_gate.shape[0], self._period).to(dtype), device)
+            each = upload(torch.tensor(order.rows, dtype=torch.int64), device)
             times_FH = table_NH.repeat_interleave(each, dim=0, output_size=len(features_FH))
             features_FH = features_FH + self.time_gate.to(dtype) * times_FH
         rows = [features_FH]
@@ -88,15 +89,15 @@ class LearnedTokens(nn.Module):
                 # A row for each use, so that gradients are summed in one order on every device; none is a gradient of zero.
                 rows.append(token_H.to(dtype).expand(uses, -1))
         if len(order.taps_MK):
-            taps_MK = torch.from_numpy(order.taps_MK).to(device, non_blocking=True)
+            taps_MK = upload(torch.from_numpy(order.taps_MK), device)
             if order.weights_MK is None:
                 rows.append(features_FH[taps_MK].amax(dim=1))
             else:
-                weights_MK = torch.from_numpy(order.weights_MK).to(device, non_blocking=True)
+                weights_MK = upload(torch.from_numpy(order.weights_MK), device)
                 rows.append(_weighted(features_FH, taps_MK, weights_MK).to(dtype))
         index_E = torch.from_numpy(order.index_E)
         index_E = index_E if chosen_e is None else index_E[chosen_e]
-        return torch.cat(rows).index_select(0, index_E.to(device, non_blocking=True))
+        return torch.cat(rows).index_select(0, upload(index_E, device))
 
 
 def sinusoids(seconds: Sequence[float], width: int, period: float) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, cat, nn
 from llava_mcore.models.context_attention import context_attention
 from llava_mcore.models.flash import flash_attention
 from llava_mcore.parallel.sequence import Partition
+from llava_mcore.platform.copies import upload
 
 LEAST_BLOCK = 128  # queries that are worked on at once in a sliding window, at least
 
@@ -42,7 +43,7 @@ class PackedSamples(PackedSeqParams):
         """Where samples begin and end, [samples + 1], int32; copied to ``device`` once a micro-batch, not once a layer."""
         if self.device_ends is None:
             ends = torch.tensor([0, *accumulate(self.sample_lengths)], dtype=torch.int32)
-            self.device_ends = ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends
+            self.device_ends = upload(ends, device)
         return self.device_ends
 
     def as_thd(self, device: torch.device) -> PackedSeqParams:

@@ -1,7 +1,8 @@
 """Which layers and kernels a run uses on this machine, and what speaks against those it asked for.
 
 The limits of FP8 are those of Transformer Engine 2.11.0: sizes in ``pytorch/utils.py``, ``tensor/mxfp8_tensor.py``; devices in
-``pytorch/quantization.py``.
+``pytorch/quantization.py``. So are those of its exchange between context-parallel ranks: ``dot_product_attention/utils.py``,
+``dot_product_attention/context_parallel.py`` and ``common/fused_attn/fused_attn.cpp``.
 """
 
 from __future__ import annotations
@@ -145,6 +146,8 @@ def backend_problems(settings: Settings, cuda: bool, capability: tuple[int, int]
             f"precision.gradient_accumulation_fusion=true: {FUSED_GRADIENTS} is not there; {INSTALL_APEX}, or set it to null"
         )
     problems += _attention_problems(settings, precision, cuda, present)
+    if settings.parallel.te_exchange is not None:
+        problems += _exchange_problems(settings, precision, capability, present)
     if precision.fp8 is not None:
         problems += _fp8_problems(settings, precision, capability)
     return problems
@@ -176,10 +179,40 @@ def _attention_problems(settings: Settings, precision: PrecisionSettings, cuda: 
             f"{asked} needs heads of a multiple of 8, these are {settings.model.language.head_dim} wide; set "
             f"precision.attention=sdpa"
         )
-    if settings.parallel.context > 1 and precision.attention == settings.precision.attention:
+    exchanges = settings.parallel.context > 1 and settings.parallel.te_exchange is None
+    if exchanges and precision.attention == settings.precision.attention:
         problems.append(
             f"{asked}: context parallelism (parallel.context={settings.parallel.context}) attends by its own exchange; set "
             f"precision.attention=auto"
+        )
+    return problems
+
+
+def _exchange_problems(
+    settings: Settings, precision: PrecisionSettings, capability: tuple[int, int] | None, present: set[str]
+) -> list[str]:
+    """What Transformer Engine's exchange asks of the machine and of the attention; of the layout: settings/layouts.py."""
+    asked, instead = f"parallel.context_exchange={settings.parallel.context_exchange}", "parallel.context_exchange=ring"
+    if precision.backend != "transformer_engine":
+        return [f"{asked} is Transformer Engine's; set precision.backend=transformer_engine, or {instead}"]
+    problems = []
+    if precision.attention == "sdpa":
+        problems.append(
+            f"{asked} attends by Transformer Engine, not by precision.attention=sdpa; set precision.attention=auto, or {instead}"
+        )
+    width = settings.model.language.head_dim
+    if width % 8 or width > 256:
+        problems.append(
+            f"{asked} needs heads of a multiple of 8 and at most 256, these are {width} wide (model.language.kv_channels); set "
+            f"{instead}"
+        )
+    # Only cuDNN and flash-attn attend over ranks there, cuDNN to packed samples on some devices alone.
+    fused = capability is None or (9, 0) <= capability < (12, 0)
+    if not fused and (FLASH_ATTN not in present or precision.attention == "fused"):
+        assert capability is not None
+        problems.append(
+            f"{asked} on compute capability {capability[0]}.{capability[1]} needs flash-attn; {INSTALL_FLASH} and leave "
+            f"precision.attention=auto, or set {instead}"
         )
     return problems
 

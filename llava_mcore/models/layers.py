@@ -80,14 +80,15 @@ TORCH = Parts(norm=Norm, column=ColumnParallelLinear, row=RowParallelLinear, att
 def parts_of(config: TransformerConfig) -> Parts:
     """The parts of the backend that ``config.transformer_impl`` names.
 
-    Attention is the portable one under Transformer Engine too where it was asked for (``AttnBackend.local``) and under context
-    parallelism, whose exchange of keys and values is our own (models/context_attention.py).
+    Attention is the portable one under Transformer Engine too where it was asked for (``AttnBackend.local``) and where
+    context-parallel ranks exchange keys and values by our own schemes (models/context_attention.py).
     """
     if config.transformer_impl != "transformer_engine":
         return TORCH
     from llava_mcore.models import transformer_engine as te
 
-    portable = config.attention_backend == AttnBackend.local or config.context_parallel_size > 1
+    exchanges = config.context_parallel_size > 1 and config.cp_comm_type is None
+    portable = config.attention_backend == AttnBackend.local or exchanges
     return Parts(
         norm=te.NORM,
         column=te.COLUMN,

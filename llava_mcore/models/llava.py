@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, scatter_to_sequence_parallel_region
@@ -42,7 +43,8 @@ from llava_mcore.models.reduction.picture import reduce_grid
 from llava_mcore.models.vision import VisionTower
 from llava_mcore.parallel.encoder import deal, gather_embeddings, gather_numbers
 from llava_mcore.parallel.groups import Groups
-from llava_mcore.parallel.sequence import partition
+from llava_mcore.parallel.sequence import Partition, padded_tokens, partition, stream_multiple
+from llava_mcore.platform.copies import upload
 from llava_mcore.settings.schema import ModelSettings, ParallelSettings, PrecisionSettings
 
 
@@ -124,6 +126,7 @@ class LlavaModel(MegatronModule):
         config = decoder_config(model, parallel, DTYPES[dtype], recompute, precision)
         super().__init__(config)
         self.settings, self.parallel = model, parallel
+        self.stream_multiple = stream_multiple(parallel, precision)
         self.groups = groups
         self.tp_group = groups.tp
         self.vp_stage = vp_stage if parallel.virtual_pipeline > 1 else None
@@ -197,7 +200,7 @@ class LlavaModel(MegatronModule):
         if self.geometry.plain:
             each = self.settings.embeddings_per_image if each is None else each
             image_EH, patches_E = self._encode_dealt(pixel_values_NChw, None, [each] * len(pixel_values_NChw), each)
-            chosen = image_EH if chosen_e is None else image_EH[chosen_e.to(image_EH.device, non_blocking=True)]
+            chosen = image_EH if chosen_e is None else image_EH[upload(chosen_e, image_EH.device)]
             return chosen, patches_E
         order = self._arranged(shapes or (SINGLE,) * len(pixel_values_NChw), each)
         features_FH, patches_F = self._encode_dealt(pixel_values_NChw, order.strides, order.rows, each)
@@ -303,6 +306,7 @@ class LlavaModel(MegatronModule):
         asked_Q: Tensor,
         labels_T: Tensor | None = None,
         shapes: Sequence[Shape] = (),
+        padded_to: int | None = None,
     ) -> Tensor:
         """One micro-batch through the part of the model this rank holds.
 
@@ -315,12 +319,14 @@ class LlavaModel(MegatronModule):
             asked_Q: int64, the tokens whose loss or logits are wanted.
             labels_T: int64, already shifted; anything where nothing is asked.
             shapes: of the media, in order, on all stages; none given: every tile is a picture.
+            padded_to: tokens after padding for Transformer Engine's exchange, the same for all micro-batches of a step (None: as
+                many as this one needs).
 
         Returns:
             on the last stage the loss of each token [C] in float32 (0 where it is not asked for), or without labels the logits
             [Q, V] of those among the asked tokens that this rank holds; on other stages the activations [S, 1, H], or with
             ``carried_rows`` behind them [S + r, 1, H]. C is T where there is no context parallelism; with it the tokens are those
-            of ``parallel.sequence.partition``.
+            of :meth:`split`.
         """
         device = input_ids_T.device
         shapes = shapes or (SINGLE,) * len(pixel_values_NChw)
@@ -329,19 +335,20 @@ class LlavaModel(MegatronModule):
         own_C = None
         places_e, chosen_e = image_index_E, None  # of the image embeddings: here all
         if self.groups.cp.size() > 1:
-            samples.partition = partition(tuple(sample_lengths), self.groups.cp.size())
+            split = self.split(sample_lengths, padded_to)
+            samples = PackedSamples(sample_lengths=list(split.sample_lengths), partition=split)
             samples.cp_group, samples.exchange = self.groups.cp, self.parallel.context_exchange
-            own_C = torch.from_numpy(samples.partition.index(self.groups.cp.rank()))
+            own_C = torch.from_numpy(split.tokens(self.groups.cp.rank()))
             places_e, chosen_e = _places_among(own_C, image_index_E, len(input_ids_T))
             asked_Q, _ = _places_among(own_C, asked_Q, len(input_ids_T))
-            own_C = own_C.to(device, non_blocking=True)
-            input_ids_T = input_ids_T[own_C]
-            labels_T = None if labels_T is None else labels_T[own_C]
-        samples.asked = asked_Q.to(device, non_blocking=True)
+            own_C = upload(own_C, device)
+            input_ids_T = _taken(input_ids_T, own_C)
+            labels_T = None if labels_T is None else _taken(labels_T, own_C)
+        samples.asked = upload(asked_Q, device)
         hidden_S1H, patches_F, rows = None, None, self.carried_rows(len(position_ids_T))
         merged_F = self._features_among(image_index_E, shapes, each) if self.positions_move else image_index_E
         if self.pre_process:
-            places_e = places_e.to(device, non_blocking=True)
+            places_e = upload(places_e, device)
             hidden_S1H, patches_F = self.embed(input_ids_T, pixel_values_NChw, shapes, places_e, chosen_e, each)
         elif self.received is not None:
             received_S1H, patches_F = positions.take_off(self.received, rows, len(merged_F))
@@ -362,6 +369,13 @@ class LlavaModel(MegatronModule):
         # A stage in which nothing is trained still hands its output on through the schedule's backward pass.
         return output if output.requires_grad or not torch.is_grad_enabled() else output.requires_grad_()
 
+    def split(self, sample_lengths: Sequence[int], padded_to: int | None = None) -> Partition:
+        """Which context-parallel rank holds which tokens of a micro-batch; the arguments are those of ``forward``."""
+        size = self.groups.cp.size()
+        if self.stream_multiple is None:
+            return partition(sample_lengths, size)
+        return partition(sample_lengths, size, padded_to or padded_tokens(sample_lengths, size, self.stream_multiple))
+
     def _positions(
         self,
         position_ids_T: Tensor,
@@ -376,9 +390,9 @@ class LlavaModel(MegatronModule):
         if self.language_model.rotary_pos_emb.needs_lengths:
             position_ids_RT = torch.stack([position_ids_T, _length_of_each(sample_lengths, position_ids_T)])
         if patches_F is not None and each:
-            merged_F = merged_F.to(position_ids_T.device, non_blocking=True)
+            merged_F = upload(merged_F, position_ids_T.device)
             position_ids_RT = torch.cat([positions.stand(position_ids_T, merged_F, patches_F, each)[None], position_ids_RT[1:]])
-        return position_ids_RT if own_C is None else position_ids_RT[:, own_C]
+        return position_ids_RT if own_C is None else _taken(position_ids_RT, own_C)
 
     def _features_each(self, places: int, shapes: Sequence[Shape]) -> int | None:
         """Features of each tile where all have as many: the loader decides, and its placeholders say."""
@@ -407,14 +421,19 @@ class LlavaModel(MegatronModule):
 
 def _length_of_each(sample_lengths: list[int], position_ids_T: Tensor) -> Tensor:
     """For each token the positions of the whole sample it belongs to, int64 [T]."""
-    tokens = torch.tensor(sample_lengths, device=position_ids_T.device)
+    tokens = upload(torch.tensor(sample_lengths), position_ids_T.device)
     positions_of_each = position_ids_T[tokens.cumsum(0) - 1] + 1
     return positions_of_each.repeat_interleave(tokens, output_size=len(position_ids_T))
 
 
+def _taken(tensor_RT: Tensor, own_C: Tensor) -> Tensor:
+    """A rank's tokens, of rows or a single one; 0 where it holds padding, which is the token past the last."""
+    return F.pad(tensor_RT, (0, 1))[..., own_C]
+
+
 def _places_among(own_C: Tensor, index_Q: Tensor, total: int) -> tuple[Tensor, Tensor]:
     """Where those of the stream's tokens ``index_Q`` that are among this rank's ``own_C`` lie there, and which they are."""
-    place_of_T = torch.full((total,), -1, dtype=torch.int64)
+    place_of_T = torch.full((total + 1,), -1, dtype=torch.int64)  # and the place of padding
     place_of_T[own_C] = torch.arange(len(own_C))
     places_Q = place_of_T[index_Q]
     chosen_q = (places_Q >= 0).nonzero()[:, 0]

@@ -3,6 +3,14 @@
 Written against Transformer Engine 2.11.0 and Megatron-Core 0.16.1; not run on a GPU yet. ``bash tests/gpu/run.sh`` runs these
 layers and compares them with the torch ones.
 
+Over context-parallel ranks Transformer Engine attends by exchanges of its own (``dot_product_attention/context_parallel.py``):
+``p2p`` sends keys and values around a ring, ``a2a`` gives each rank whole samples for its share of the heads (DeepSpeed-Ulysses,
+Jacobs et al., 2023, https://arxiv.org/abs/2309.14509). Its ``all_gather`` and its ``a2a+p2p`` take no packed samples, so they are
+not offered. The two count on samples of a multiple of twice the ranks. parallel/sequence.py makes ours such by padding each at
+its end; as no token sees what comes after it, padding may pass for a part of the sample, and no kernel has to leave out holes.
+Its ``a2a`` reads the boundaries of the samples back to the host, one by one and in every layer, so that many short samples are
+better served by ``p2p``.
+
 Shape suffixes: S stream (or patches), B rows of a batch, N query heads, G key/value heads, D width of a head.
 """
 
@@ -43,7 +51,10 @@ class PackedTEAttention(TEDotProductAttention):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSamples | None = None,
     ) -> Tensor:
-        """Returns [S, B, N*D]. With ``packed_seq_params``, B is 1 and each sample attends within itself."""
+        """Returns [S, B, N*D]. With ``packed_seq_params``, B is 1 and each sample attends within itself.
+
+        Over context-parallel ranks S are this rank's tokens, and the lengths those of the whole, padded samples.
+        """
         if packed_seq_params is None:
             return super().forward(query_SBND, key_SBGD, value_SBGD, attention_mask, attn_mask_type, attention_bias)
         output = super().forward(

@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from llava_mcore.parallel.groups import Groups
+from llava_mcore.platform.copies import SideCopy, ahead
 
 T = TypeVar("T")
 
@@ -28,7 +28,8 @@ def from_first(value: T | None, group: dist.ProcessGroup | None) -> T:
 def share_steps(steps: Iterator[Any] | None, groups: Groups, device: torch.device) -> Generator[Any, None, None]:
     """Iterates over the steps that the replica's first rank reads, on all of its ranks.
 
-    Pixels go to the first pipeline stage only; elsewhere ``pixel_values_NCHW`` is an empty tensor.
+    Pixels go to the first pipeline stage only; elsewhere ``pixel_values_NCHW`` is an empty tensor. To a GPU the next step's are
+    copied while a step is computed.
 
     Args:
         steps: the loader's iterator on the first rank of the replica, None elsewhere.
@@ -38,19 +39,22 @@ def share_steps(steps: Iterator[Any] | None, groups: Groups, device: torch.devic
     Raises:
         whatever the loader of any replica raised, on every rank.
     """
+    reading = None if steps is None else _copied(steps, device)
+    if reading is not None and device.type == "cuda":
+        reading = ahead(reading)
     while True:
-        kind, step, pixels = _next(steps) if steps is not None else ("", None, [])
-        if steps is not None:
+        kind, step, pixels = _next(reading) if reading is not None else ("", None, [])
+        if reading is not None:
             kind, step = _with_first_error(kind, step, groups.dp)
         payload: Any
-        kind, payload, shapes = from_first((kind, step, [tensor.shape for tensor in pixels]), groups.replica)
+        kind, payload, shapes = from_first((kind, step, [copy.tensor.shape for copy in pixels]), groups.replica)
         if kind == "end":
             return
         if kind == "error":
             raise payload
         if groups.is_first_stage:
             for number, (batch, shape) in enumerate(zip(payload.batches, shapes, strict=True)):
-                here = pixels[number].to(device) if steps is not None else torch.empty(shape, device=device)
+                here = pixels[number].arrived() if reading is not None else torch.empty(shape, device=device)
                 if groups.encoders.size() > 1:
                     dist.broadcast(here, group=groups.encoders, group_src=0)
                 batch.pixel_values_NCHW = here
@@ -67,15 +71,20 @@ def _with_first_error(kind: str, payload: Any, readers: dist.ProcessGroup) -> tu
     return (kind, payload) if error is None else ("error", error)
 
 
-def _next(steps: Iterator[Any]) -> tuple[str, Any, list[Tensor]]:
-    """The next step without its pixels, and the pixels (float32) of each of its batches."""
+def _copied(steps: Iterator[Any], device: torch.device) -> Generator[tuple[Any, list[SideCopy]], None, None]:
+    """The steps without their pixels, and the pixels (float32) of each of their batches, on their way to the device."""
+    for step in steps:
+        pixels = [SideCopy(batch.pixel_values_NCHW, device) for batch in step.batches]
+        for batch in step.batches:
+            batch.pixel_values_NCHW = batch.pixel_values_NCHW[:0]
+        yield step, pixels
+
+
+def _next(reading: Iterator[tuple[Any, list[SideCopy]]]) -> tuple[str, Any, list[SideCopy]]:
+    """What comes next: a step and its pixels, the end, or an error in its place."""
     try:
-        step = next(steps)
+        return "step", *next(reading)
     except StopIteration:
         return "end", None, []
     except Exception as error:
         return "error", error, []
-    pixels = [batch.pixel_values_NCHW for batch in step.batches]
-    for batch in step.batches:
-        batch.pixel_values_NCHW = batch.pixel_values_NCHW[:0]
-    return "step", step, pixels

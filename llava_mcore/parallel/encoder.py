@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from llava_mcore.platform.copies import upload
+
 
 @lru_cache(maxsize=64)
 def deal(costs: tuple[float, ...], size: int) -> tuple[tuple[int, ...], ...]:
@@ -98,7 +100,7 @@ def gather_embeddings(
         cp: its context-parallel part, over which gradients are summed.
     """
     counts, order_E = _arrival(dealt, embeddings_each)
-    return _Gather.apply(own_eH, counts, order_E.to(own_eH.device), group, cp)
+    return _Gather.apply(own_eH, counts, upload(order_E, own_eH.device), group, cp)
 
 
 def gather_numbers(
@@ -106,7 +108,7 @@ def gather_numbers(
 ) -> Tensor:
     """A whole number for each embedding, int64 [E] from [e]; the arguments are those of :func:`gather_embeddings`."""
     counts, order_E = _arrival(dealt, embeddings_each)
-    return _everyones(own_e, counts, order_E.to(own_e.device), group)
+    return _everyones(own_e, counts, upload(order_E, own_e.device), group)
 
 
 def _arrival(dealt: Sequence[Sequence[int]], embeddings_each: Sequence[int]) -> tuple[tuple[int, ...], Tensor]:

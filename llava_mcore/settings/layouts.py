@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llava_mcore.settings.schema import ModelSettings, ParallelSettings, Settings
+    from llava_mcore.settings.schema import LanguageSettings, ModelSettings, ParallelSettings, Settings
 
 SUGGESTIONS = 3
 
@@ -21,6 +21,7 @@ def layout_problems(settings: Settings, world_size: int | None = None) -> list[s
     """
     parallel = settings.parallel
     problems = _split_problems(settings.model, parallel)
+    problems += _exchange_problems(settings.model.language, parallel.te_exchange, parallel.tensor, parallel.context)
     stream = settings.data.sequence_length * settings.train.micro_batch_size
     parts = parallel.context * (parallel.tensor if parallel.sequence_parallel else 1)
     if stream % parts:
@@ -62,6 +63,8 @@ def nearest_layouts(settings: Settings, world_size: int) -> list[str]:
             continue
         if model.language.num_layers % pipeline or _tensor_problems(model, tensor, parallel.encoder):
             continue
+        if context > 1 and _exchange_problems(model.language, parallel.te_exchange, tensor, context):
+            continue
         distance = sum(abs(math.log2(have / want)) for have, want in zip(sizes, wanted, strict=True))
         found.append((distance, sizes))
     names = ("parallel.tensor", "parallel.pipeline", "parallel.context")
@@ -83,6 +86,26 @@ def _split_problems(model: ModelSettings, parallel: ParallelSettings) -> list[st
     if isinstance(split, list) and sum(split) != layers:
         problems.append(f"parallel.pipeline_split={split} holds {sum(split)} layers, model.language.num_layers is {layers}")
     return problems
+
+
+def _exchange_problems(language: LanguageSettings, exchange: str | None, tensor: int, context: int) -> list[str]:
+    """What Transformer Engine's exchange of keys and values asks of the decoder."""
+    if exchange == "p2p" and language.sliding_window is not None:
+        return [
+            f"parallel.context_exchange=p2p knows no sliding window (model.language.sliding_window={language.sliding_window}); "
+            f"use ring"
+        ]
+    ranks = tensor * context
+    split = [
+        ("model.language.num_attention_heads", language.num_attention_heads),
+        ("model.language.num_query_groups", language.query_groups),
+    ]
+    return [
+        f"{name} ({count}) is not divisible by parallel.tensor={tensor} x parallel.context={context}, as "
+        f"parallel.context_exchange=a2a needs; use ring"
+        for name, count in split
+        if exchange == "a2a" and count % ranks
+    ]
 
 
 def _expert_problems(model: ModelSettings, parallel: ParallelSettings) -> list[str]:

@@ -116,9 +116,9 @@ class DataSettings:
         "average; 0: every step is packed alone and has exactly as many",
     )
     streams_multiple: Positive = Field(
-        1,
-        description="streams of a step come in groups of so many, where a window has enough: "
-        "with the data-parallel size no rank gets an empty one",
+        8,
+        description="streams of a step come in groups of so many, halved until a step has two groups on average: every rank gets "
+        "as many at data-parallel sizes that divide it",
     )
     shuffle: bool = Field(True, description="a new order every epoch; false: the order of the shards")
     shuffle_shards: Positive = Field(16, description="shards whose samples are mixed with each other; all are read at a time")
@@ -134,7 +134,9 @@ class DataSettings:
     prefetch: Positive = Field(2, description="steps made ready ahead of the model")
     decode_threads: Positive = Field(2, description="threads that decode pictures")
     decoder: Literal["auto", "dali", "python"] = Field(
-        "auto", description="what decodes: dali (Pillow and PyAV where it cannot), python (Pillow, PyAV), or DALI if installed"
+        "auto",
+        description="what decodes and resizes: python (Pillow, PyAV; the pixels of transformers' processor to the bit), dali "
+        "(DALI where it can, a fast resize within 2/255 of those), or auto: as dali, the same bits where it is not installed",
     )
     decode_on: Literal["cpu", "gpu"] = Field("cpu", description="where DALI decodes; gpu: by nvJPEG and NVDEC")
     video_frames: Positive = Field(8, description="frames of a video, at most")
@@ -144,6 +146,9 @@ class DataSettings:
         "of equal duration (time), or so many a second (fps)",
     )
     video_fps: float = Field(1.0, gt=0, description="frames of a video a second, where video_frames_by is fps")
+    video_time_instruction: bool = Field(
+        False, description="after a video stands how long it is and when its frames are shown, in LLaVA-Video's words"
+    )
 
     @model_validator(mode="after")
     def _check(self) -> DataSettings:
@@ -154,6 +159,11 @@ class DataSettings:
             weighted = [source.weight is not None for source in self.mixture]
             if len(given) > 1 or any(weighted) != all(weighted):
                 problems.append("mixture: give every dataset a weight, or none and epochs where they are not 1")
+        if self.video_time_instruction and self.video_frames_by == "segments":
+            problems.append(
+                "video_time_instruction needs the same frames in every epoch, as its text is counted before the run: set "
+                "video_frames_by to uniform, time or fps"
+            )
         fail_on(problems)
         return self
 
@@ -227,8 +237,10 @@ class ParallelSettings:
     pipeline_split: Literal["even", "auto"] | list[NonNegative] = Field(
         "even", description="decoder layers of each stage: even, auto (by cost, the encoder counted), or a list in decoder order"
     )
-    context_exchange: Literal["all_gather", "ring"] = Field(
-        "all_gather", description="how context-parallel ranks see each other's keys and values"
+    context_exchange: Literal["all_gather", "ring", "p2p", "a2a"] = Field(
+        "all_gather",
+        description="how context-parallel ranks see each other's keys and values: all_gather or ring on any backend, or "
+        "Transformer Engine's p2p (a ring) or a2a (each rank gets whole samples for its share of the heads)",
     )
     encoder: Literal["data_parallel", "tensor_parallel"] = Field(
         "data_parallel",
@@ -257,6 +269,11 @@ class ParallelSettings:
     def sequence_parallel(self) -> bool:
         """Whether activations between tensor-parallel regions are split along the stream."""
         return self.sequence and self.tensor > 1
+
+    @property
+    def te_exchange(self) -> str | None:
+        """Transformer Engine's scheme where ``context_exchange`` is one of its own and there is something to exchange."""
+        return self.context_exchange if self.context > 1 and self.context_exchange in ("p2p", "a2a") else None
 
     @property
     def chunks(self) -> int:

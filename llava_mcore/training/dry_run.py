@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from llava_mcore.geometry import SINGLE
+from llava_mcore.parallel.sequence import padded_tokens, stream_multiple
 from llava_mcore.settings.compose import SettingsError
 from llava_mcore.settings.derive import Derived, derive
 from llava_mcore.settings.layouts import layout_problems
@@ -361,6 +362,11 @@ def _describe_step(page: _Page, settings: Settings, tokenizer: Any, step: Any) -
     supervised = sum(batch.loss_tokens for batch in step.batches)
     page.row("samples", f"{step.samples} on all ranks, {len(step.bad)} bad among this rank's, {len(step.left_out)} left out")
     page.row("tokens", f"{step.real_tokens:,} in {step.slots:,} slots ({1 - step.real_tokens / max(step.slots, 1):.1%} padding)")
+    if multiple := stream_multiple(settings.parallel, settings.precision):
+        ranks, real = settings.parallel.context, sum(len(batch.input_ids_T) for batch in step.batches)
+        padded = len(step.batches) * max(padded_tokens(batch.sample_lengths, ranks, multiple) for batch in step.batches)
+        exchange = f"parallel.context_exchange={settings.parallel.context_exchange}"
+        page.row("exchange padding", f"{padded - real:,} tokens beside {real:,} slots of this rank, for {exchange}")
     page.row("image embeddings", f"{step.visual_tokens:,} of those tokens, of {step.pictures:,} pictures, tiles and frames")
     page.row("micro-batches", f"{len(step.batches)} on this rank, {supervised:,} tokens predicted")
     # Other ranks' labels are not known here; they are taken to be as dense as this rank's.

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from llava_mcore.data.conversation import IGNORE
 from llava_mcore.data.loader import Batch
 from llava_mcore.models.llava import LlavaModel, ModelParts
+from llava_mcore.parallel import sequence
 from llava_mcore.parallel.encoder import reduce_gradients
 from llava_mcore.parallel.groups import Groups
-from llava_mcore.parallel.sequence import partition
+from llava_mcore.platform.copies import upload
 from llava_mcore.settings.schema import ParallelSettings
 
 
@@ -76,7 +77,7 @@ def forward_backward(
     Returns:
         on the last stage the loss sum of each micro-batch, elsewhere an empty list.
     """
-    return _schedule(model, batches, partial(_loss_step, groups=groups, device=device), groups, **schedule)
+    return _schedule(model, batches, partial(_loss_step, device=device), groups, **schedule)
 
 
 @torch.no_grad()
@@ -103,21 +104,31 @@ def forward_logits(
     return _schedule(model, batches, step, groups, forward_only=True, collect_non_loss_data=True)
 
 
+def padded_tokens(model: LlavaModel, batches: Sequence[Batch]) -> int | None:
+    """Tokens of each of a step's micro-batches after padding for Transformer Engine's exchange; None where there is none.
+
+    All get as many as the longest needs: the stages of a pipeline hand on tensors of one shape.
+    """
+    multiple, ranks = model.stream_multiple, model.groups.cp.size()
+    return max(sequence.padded_tokens(batch.sample_lengths, ranks, multiple) for batch in batches) if multiple else None
+
+
 def _schedule(model: Iterable[nn.Module], batches: Sequence[Batch], step: Any, groups: Groups, **options: Any) -> list[Tensor]:
     lengths = {len(batch.input_ids_T) for batch in batches}
     if len(lengths) != 1:
         raise ValueError(f"micro-batches of one step must have one length, got {sorted(lengths)}")
     parts = list(model)
     length, first = lengths.pop(), _unwrapped(parts[0])
+    padded_to = padded_tokens(first, batches)
     # What stages hand on is counted before it is divided over ranks.
     ranks = groups.cp.size() * (groups.tp.size() if first.config.sequence_parallel else 1)
     run = get_forward_backward_func(groups.pp.size(), len(parts) if len(parts) > 1 else None)
     return run(
-        forward_step_func=step,
+        forward_step_func=partial(step, padded_to=padded_to),
         data_iterator=[iter(batches) for _ in parts],
         model=parts,
         num_microbatches=len(batches),
-        seq_length=length + ranks * first.carried_rows(length),
+        seq_length=(padded_to or length) + ranks * first.carried_rows(length),
         micro_batch_size=1,
         p2p_communicator=P2PCommunicator(groups.pp, first.config),
         pg_collection=groups.mcore,
@@ -125,19 +136,20 @@ def _schedule(model: Iterable[nn.Module], batches: Sequence[Batch], step: Any, g
     )
 
 
-def _loss_step(batches: Iterator[Batch], model: nn.Module, *, groups: Groups, device: torch.device) -> tuple[Tensor, Any]:
+def _loss_step(batches: Iterator[Batch], model: nn.Module, *, device: torch.device, padded_to: int | None) -> tuple[Tensor, Any]:
     """One micro-batch in the form the schedules call: the output, and the function that makes it a loss."""
     batch = next(batches)
-    loss_T = _apply(model, batch, device, batch.labelled(), batch.labels_T)
-    return loss_T, partial(_loss_sum, _own_loss_tokens(batch, groups.cp))
+    loss_T = _apply(model, batch, device, batch.labelled(), batch.labels_T, padded_to)
+    return loss_T, partial(_loss_sum, _own_loss_tokens(batch, _unwrapped(model), padded_to))
 
 
-def _own_loss_tokens(batch: Batch, cp: dist.ProcessGroup) -> int:
+def _own_loss_tokens(batch: Batch, model: LlavaModel, padded_to: int | None) -> int:
     """Tokens with a label among those this context-parallel rank holds."""
+    cp = model.groups.cp
     if cp.size() == 1:
         return batch.loss_tokens
-    own_C = partition(tuple(batch.sample_lengths), cp.size()).index(cp.rank())
-    return int((batch.labels_T[own_C] != IGNORE).sum())
+    own_C = model.split(batch.sample_lengths, padded_to).tokens(cp.rank())
+    return int((F.pad(batch.labels_T, (0, 1), value=IGNORE)[own_C] != IGNORE).sum())
 
 
 def _loss_sum(tokens: int, loss_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,9 +159,9 @@ def _loss_sum(tokens: int, loss_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _logits_step(
-    batches: Iterator[Batch], model: nn.Module, *, asked: Iterator[Sequence[int]], device: torch.device
+    batches: Iterator[Batch], model: nn.Module, *, asked: Iterator[Sequence[int]], device: torch.device, padded_to: int | None
 ) -> tuple[Tensor, Any]:
-    logits_QV = _apply(model, next(batches), device, torch.tensor(list(next(asked)), dtype=torch.int64), None)
+    logits_QV = _apply(model, next(batches), device, torch.tensor(list(next(asked)), dtype=torch.int64), None, padded_to)
     return logits_QV, partial(_full_logits, _unwrapped(model))
 
 
@@ -157,16 +169,19 @@ def _full_logits(model: LlavaModel, logits_QV: Tensor, non_loss_data: bool) -> T
     return model.full_logits(logits_QV).float()
 
 
-def _apply(model: nn.Module, batch: Batch, device: torch.device, asked_Q: Tensor, labels_T: Tensor | None) -> Tensor:
+def _apply(
+    model: nn.Module, batch: Batch, device: torch.device, asked_Q: Tensor, labels_T: Tensor | None, padded_to: int | None
+) -> Tensor:
     return model(
-        batch.input_ids_T.to(device, non_blocking=True),
-        batch.position_ids_T.to(device, non_blocking=True),
+        upload(batch.input_ids_T, device),
+        upload(batch.position_ids_T, device),
         batch.sample_lengths,
-        batch.pixel_values_NCHW.to(device, non_blocking=True),
+        upload(batch.pixel_values_NCHW, device),
         batch.image_index_E,
         asked_Q,
-        None if labels_T is None else labels_T.to(device, non_blocking=True),
+        None if labels_T is None else upload(labels_T, device),
         batch.shapes,
+        padded_to,
     )
 
 

@@ -33,7 +33,7 @@ from llava_mcore.settings.schema import Settings
 from llava_mcore.training import checkpoint_folder, pipeline_split
 from llava_mcore.training.checkpoint import Checkpointer, load_model, model_state, sharding_metadata
 from llava_mcore.training.data_state import DataState
-from llava_mcore.training.engine import distribute, forward_backward
+from llava_mcore.training.engine import distribute, forward_backward, padded_tokens
 from llava_mcore.training.observe import Observer, StepRecord
 from llava_mcore.training.observe.flops import FlopsCounter
 from llava_mcore.training.optimizer import build_optimizer, freeze, learning_rates, trained_parameters
@@ -227,18 +227,20 @@ class Trainer:
     # ---- what happens every step ----
 
     def _mean_loss(self, losses: list[Tensor], step: Step) -> tuple[float, int]:
-        """Mean loss over the tokens with a label of all ranks, and how many those are; books the step's samples.
+        """Mean loss over the tokens with a label of all ranks, and how many those are; books the step's samples and padding.
 
-        Those may stop every rank.
+        The samples may stop every rank.
         """
-        counts = torch.zeros(4, dtype=torch.float64, device=self.place.device)
+        counts = torch.zeros(5, dtype=torch.float64, device=self.place.device)
         if self.groups.is_last_stage and self.groups.tp.rank() == 0:
             counts[0] = sum(loss.double() for loss in losses)
             counts[1] = sum(batch.loss_tokens for batch in step.batches) if self.groups.cp.rank() == 0 else 0
         if self.groups.replica.rank() == 0:
             counts[2], counts[3] = len(step.bad), self.waited / self.groups.dp.size()
+            counts[4] = self._exchange_padding(step)
         dist.all_reduce(counts)
-        loss_sum, tokens, bad, self.waited = counts.tolist()
+        loss_sum, tokens, bad, self.waited, padding = counts.tolist()
+        step.slots += int(padding)
         self.data.finish(step, int(bad))
         mean = loss_sum / max(tokens, 1.0)
         if mean != mean or mean in (float("inf"), float("-inf")):
@@ -268,6 +270,11 @@ class Trainer:
             encoder_imbalance=self._encoder_imbalance(step),
             blank_pictures=self._blank_pictures(step),
         )
+
+    def _exchange_padding(self, step: Step) -> int:
+        """Tokens that Transformer Engine's exchange adds to this replica's micro-batches."""
+        padded_to = padded_tokens(next(iter(self.model)), step.batches)
+        return 0 if padded_to is None else sum(padded_to - len(batch.input_ids_T) for batch in step.batches)
 
     def _tiles(self, step: Step) -> list[int]:
         """Tiles and frames of each of this replica's micro-batches."""

@@ -6,6 +6,8 @@ import io
 import json
 import re
 import struct
+import subprocess
+import sys
 import tarfile
 import zlib
 from collections import Counter
@@ -21,12 +23,14 @@ from PIL import Image
 from llava_mcore.data import prepare
 from llava_mcore.data.account import Account
 from llava_mcore.data.conversation import IGNORE, encode_conversation
+from llava_mcore.data.errors import DatasetError
 from llava_mcore.data.index import build_index
 from llava_mcore.data.lengths import build_lengths
 from llava_mcore.data.loader import Step, StreamLoader
 from llava_mcore.data.order import Order
 from llava_mcore.data.plan import Planner
 from llava_mcore.data.quarantine import BadSample
+from llava_mcore.data.sample import rendering_of
 from llava_mcore.data.shards import ShardDataset, ShardWriter
 from llava_mcore.data.sources import open_blend
 from llava_mcore.data.tokenizer import Tokenizer
@@ -47,7 +51,7 @@ def load(
 ) -> tuple[ShardDataset, list[Step]]:
     """One epoch in one step, as all ranks see it."""
     build_index(folder)
-    build_lengths(folder, sp_file, "vicuna_v1")
+    build_lengths(folder, sp_file, rendering_of(data))
     dataset = ShardDataset(folder)
     steps = []
     for rank in range(size):
@@ -99,6 +103,30 @@ def test_one_run_mixes_all(tmp_path: Path, tokenizer: Tokenizer, sp_file: Path, 
     assert Counter([5, 15, 25, 35] * 3 + [0, 1, 2]) <= seen
     report = prepare.lint_shards(tmp_path)
     assert (report.samples, report.media, report.problems) == (8, 11, [])
+
+
+def test_times_of_frames(tmp_path: Path, tokenizer: Tokenizer, sp_file: Path) -> None:
+    """They are counted by the index, which is told to count them, and written into the question."""
+    with ShardWriter(tmp_path) as writer:
+        writer.write("clip", {"conversations": turns("<video> What?")}, [("mp4", video(frames=40))])
+        writer.write("text", {"conversations": turns("What?")}, [])
+    told = replace(DATA, video_time_instruction=True)
+    load(tmp_path, tokenizer, sp_file)
+    with pytest.raises(DatasetError, match="--video-time-instruction --video-frames-by uniform --video-frames 4") as refused:
+        open_blend(replace(told, path=str(tmp_path)), tokenizer, 1, 2)
+    command = re.search("run `(.*)`", str(refused.value))
+    assert command is not None
+    asked = command[1].replace("TOKENIZER", str(sp_file)).split()
+    subprocess.run([sys.executable, *asked[1:]], check=True, cwd=Path(__file__).parents[2], capture_output=True)
+    _, (step,) = load(tmp_path, tokenizer, sp_file, told)
+    assert not step.bad and not step.left_out
+    text = tokenizer.decode([token for batch in step.batches for token in batch.input_ids_T.tolist() if token != IMAGE_ID])
+    located = (
+        "The video lasts for 1.33 seconds, and 4 frames are uniformly sampled from it. These frames are located at 0.17s,0.50s,"
+    )
+    assert text.count(located + "0.83s,1.17s.Please answer the following questions related to this video.\nWhat?") == 1
+    with pytest.raises(ValueError, match="set video_frames_by to uniform, time or fps"):
+        replace(told, video_frames_by="segments")
 
 
 def frame_number(pixels: np.ndarray, data: DataSettings) -> int:

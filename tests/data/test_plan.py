@@ -103,7 +103,7 @@ def test_waste_and_balance(dataset: ShardDataset, capacity: int, limit: float) -
             611,
         ],
     ).astype(np.int64)
-    data = DataSettings(sequence_length=capacity, streams_multiple=8)
+    data = DataSettings(sequence_length=capacity)
     plans = Planner(
         made_up(lengths, dataset), data, Geometry(28, 4), seed=1, global_batch_size=512, total_samples=len(lengths) // 4096 * 4096
     )

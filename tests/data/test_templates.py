@@ -300,3 +300,31 @@ def test_start_and_end_tokens(bytes_of: Tokenizer) -> None:
     assert "<im_start><image><image><im_end>\nx" in spelled(bytes_of, sample.input_ids)
     with pytest.raises(DatasetError, match="data.image_start_token '<begin>' is not in the tokenizer's vocabulary"):
         encode(bytes_of, "x <image>", [Medium("picture", 2)], image_start_token="<begin>")
+
+
+LASTS = "The video lasts for 8.00 seconds, and 2 frames are uniformly sampled from it. These frames are located at 2.00s,5.97s."
+ASKED = "Please answer the following questions related to this video."
+
+
+@pytest.mark.parametrize(
+    ("text", "kinds", "expected"),
+    [
+        ("<image>\nWhat happens?", "v", f"<image>\n{LASTS}{ASKED}\nWhat happens?"),
+        ("What happens? <video>", "v", f"<video>\n{LASTS}{ASKED}\nWhat happens?"),
+        ("<video>", "v", f"<video>\n{LASTS}{ASKED}\n"),
+        ("<image> then <video>, so?", "pv", f"<image> then <video>\n{LASTS}{ASKED}\n, so?"),
+        ("<image> <video> <image>", "vvp", f"<image>\n{LASTS}{ASKED}\n <video>\n{LASTS}{ASKED}\n <image>"),
+        ("<image>", "p", "<image>"),
+    ],
+)
+def test_times_of_frames_are_told(text: str, kinds: str, expected: str) -> None:
+    """The line that LLaVA-Video's trainer writes after the video, also where a sample has several media."""
+    media = [Medium("video", 4, (2.0, 5.966), 8.0) if kind == "v" else Medium("picture", 3) for kind in kinds]
+    conversations = turns(text, "a", "And then?", "b")
+    rendered = "".join(segment.text for segment in render(conversations, "v1", "</s>", "<s>", media))
+    assert rendered.split("USER: ")[1:] == [f"{expected} ASSISTANT: a</s>", "And then? ASSISTANT: b</s>"]
+    wrapped = Rendering("v1", image_start_token="<s>", image_end_token="<e>")
+    framed = expected.replace("<image>", "<s><image><e>").replace("<video>", "<s><video><e>")
+    assert framed in "".join(segment.text for segment in render(conversations, wrapped, "</s>", "<s>", media))
+    captions = "".join(segment.text for segment in render(turns(text, "a"), "plain", "</s>", "<s>", media))
+    assert "lasts" not in captions  # of a question that is thrown away only the media stay

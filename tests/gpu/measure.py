@@ -12,6 +12,7 @@ import gc
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from _common import Measure  # noqa: E402
 
 from llava_mcore.data.loader import Batch  # noqa: E402
 from llava_mcore.models.backend import problems_here  # noqa: E402
+from llava_mcore.parallel import groups as process_groups  # noqa: E402
 from llava_mcore.settings.compose import compose  # noqa: E402
 from llava_mcore.settings.derive import derive  # noqa: E402
 from llava_mcore.settings.schema import Settings  # noqa: E402
@@ -55,6 +57,7 @@ class Figures(NamedTuple):
 
 
 _taken: dict[tuple[str, int], Figures | None] = {}
+failed: list[str] = []  # what was to run here and did not
 
 
 def settings(layers: int, *overrides: str) -> Settings:
@@ -113,7 +116,13 @@ def ours(overrides: list[str], quick: bool, samples: int = SAMPLES) -> Figures |
         run = settings(2 if quick else 6, *overrides)
         problems = problems_here(run)
         print("\n".join(f"not measured: {problem}" for problem in problems), end="\n" if problems else "")
-        _taken[key] = None if problems else _measured(run, quick, samples)
+        try:
+            _taken[key] = None if problems else _measured(run, quick, samples)
+        except Exception:  # the figures of the others are worth having
+            traceback.print_exc()
+            _taken[key] = None
+            failed.append(key[0])
+            process_groups.destroy()
         gc.collect()
         torch.cuda.empty_cache()
     return _taken[key]
@@ -212,3 +221,5 @@ if __name__ == "__main__":
     if not problems_here(settings(2, "precision=fp8_hybrid")):
         measures["fp8_over_bf16"] = fp8_over_bf16
     _common.run("gpu_step", (__doc__ or "").splitlines()[0], measures)
+    if failed:
+        raise SystemExit(f"failed, with the reasons above: {', '.join(failed)}")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from llava_mcore.data.loader import Batch
+from llava_mcore.models.backend import TE, installed
 from llava_mcore.models.config import Recompute
 from llava_mcore.models.initialize import initialize
 from llava_mcore.models.llava import ModelParts, build_model
@@ -26,7 +27,7 @@ from llava_mcore.training.checkpoint import sharding_metadata
 from llava_mcore.training.engine import distribute, forward_backward
 from llava_mcore.training.optimizer import build_optimizer
 
-LENGTHS = [200, 88, 224]
+LENGTHS = [201, 86, 225]  # over two context-parallel ranks, Transformer Engine's exchange needs padding in each
 PICTURE = 16  # embeddings of a picture
 
 
@@ -93,8 +94,13 @@ class Subject:
             prepare(self.model, self.groups)
         self.ddp = distribute(self.model, run.parallel, self.groups)
 
+    def own_tokens(self) -> torch.Tensor:
+        """Which tokens of ``batch()`` this context-parallel rank computes, T where it holds padding: int64 [C] on the host."""
+        (part,) = self.model
+        return torch.from_numpy(part.split(LENGTHS).tokens(self.groups.cp.rank()))
+
     def token_losses(self, batch_: Batch) -> torch.Tensor:
-        """[T], float32."""
+        """Of this rank's tokens, [C], float32."""
         (part,) = self.model
         with torch.no_grad():
             return part(
@@ -112,7 +118,7 @@ class Subject:
         losses_T = self.token_losses(batch())
         for part in self.ddp:
             part.zero_grad_buffer()
-        forward_backward(self.ddp, [batch()], self.groups, self.device)
+        forward_backward(self.ddp, [batch()], self.groups, self.device, force_all_reduce=True)
         named = {_fused_name(name): parameter.main_grad.clone() for name, parameter in self.model.named_parameters()}
         return Result(losses_T, named)
 
@@ -137,9 +143,16 @@ class Subject:
 
 
 def forget_attention_choice() -> None:
-    """Megatron-Core keeps the choice in the environment and refuses another in the same process."""
+    """Megatron-Core keeps the choice in the environment and refuses another in the same process.
+
+    Transformer Engine reads it there, and not again for a call of the same shapes and masks as the one before.
+    """
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         os.environ.pop(name, None)
+    if TE in installed():
+        from transformer_engine.pytorch.attention.dot_product_attention import _attention_backends
+
+        _attention_backends["attention_params"] = None
 
 
 def _fused_name(name: str) -> str:

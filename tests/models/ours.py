@@ -155,6 +155,6 @@ def token_losses(settings: Settings, variants: list[list[Batch]]) -> list[list[t
     return found
 
 
-def _token_loss_step(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+def _token_loss_step(batches: Iterator[Batch], model: torch.nn.Module, padded_to: int | None) -> tuple[torch.Tensor, Any]:
     batch = next(batches)
-    return _apply(model, batch, CPU, batch.labelled(), batch.labels_T), lambda loss_T, non_loss_data: loss_T.clone()
+    return _apply(model, batch, CPU, batch.labelled(), batch.labels_T, padded_to), lambda loss_T, non_loss_data: loss_T.clone()

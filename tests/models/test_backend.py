@@ -137,6 +137,36 @@ REFUSED = {
         "precision.attention=fused is Transformer Engine's",
     ),
     "context": (["precision.attention=flash", "parallel.context=2"], {}, "parallel.context=2) attends by its own exchange"),
+    "p2p on torch": (
+        ["parallel.context=2", "parallel.context_exchange=p2p", "precision.backend=torch"],
+        {},
+        "p2p is Transformer Engine's; set precision.backend=transformer_engine, or parallel.context_exchange=ring",
+    ),
+    "a2a, nothing installed": (
+        ["parallel.context=2", "parallel.context_exchange=a2a"],
+        {"present": set()},
+        "parallel.context_exchange=a2a is Transformer Engine's",
+    ),
+    "p2p by sdpa": (
+        ["parallel.context=2", "parallel.context_exchange=p2p", "precision.attention=sdpa"],
+        {},
+        "attends by Transformer Engine, not by precision.attention=sdpa; set precision.attention=auto",
+    ),
+    "p2p of odd heads": (
+        ["parallel.context=2", "parallel.context_exchange=p2p", "model.language.kv_channels=100"],
+        {},
+        "heads of a multiple of 8 and at most 256, these are 100 wide",
+    ),
+    "p2p on Ampere": (
+        ["parallel.context=2", "parallel.context_exchange=p2p"],
+        {"present": {TE}, "capability": (8, 0)},
+        "parallel.context_exchange=p2p on compute capability 8.0 needs flash-attn; pip install",
+    ),
+    "p2p by cuDNN on Blackwell's desktops": (
+        ["parallel.context=2", "parallel.context_exchange=p2p", "precision.attention=fused"],
+        {"capability": (12, 0)},
+        "on compute capability 12.0 needs flash-attn",
+    ),
     "rows": (
         ["precision=fp8_hybrid", "data.sequence_length=2040"],
         {},
@@ -176,9 +206,23 @@ def test_what_cannot_work_is_refused_with_a_fix(case):
     assert any(words in problem for problem in problems(*overrides, **machine)), problems(*overrides, **machine)
 
 
+@pytest.mark.parametrize("attention", ["auto", "flash", "fused"])
+@pytest.mark.parametrize("exchange", ["p2p", "a2a"])
+def test_transformer_engines_exchange_takes_its_attention(exchange, attention):
+    asked = ["parallel.context=2", f"parallel.context_exchange={exchange}", f"precision.attention={attention}"]
+    assert problems(*asked) == []
+    assert problems(*asked, "parallel.context=1") == []
+    if attention != "fused":
+        assert problems(*asked, capability=(8, 0)) == []  # as flash-attn is there
+
+
 def test_all_reasons_come_at_once():
     found = problems("precision=fp8_hybrid", "train.dtype=float32", "data.sequence_length=2040", capability=(8, 0), present=set())
     assert len(found) == 5
+    found = problems(
+        "parallel.context=2", "parallel.context_exchange=p2p", "precision.attention=sdpa", present={TE}, capability=(8, 0)
+    )
+    assert len(found) == 2
 
 
 @pytest.mark.parametrize(
@@ -214,6 +258,15 @@ def test_fp8_fields_reach_the_modules_they_are_for():
     assert tower.fp8 == "hybrid" and not tower.first_last_layers_bf16
     projector = projector_config(*arguments, run.precision)
     assert projector.fp8 is None and projector.transformer_impl == "transformer_engine"
+
+
+@pytest.mark.parametrize(
+    ("context", "exchange", "told"), [(2, "p2p", "p2p"), (2, "a2a", "a2a"), (2, "ring", None), (1, "p2p", None)]
+)
+def test_only_transformer_engines_exchange_reaches_megatron(context, exchange, told):
+    run = settings(f"parallel.context={context}", f"parallel.context_exchange={exchange}")
+    assert decoder_config(run.model, run.parallel, DTYPES["bfloat16"], precision=run.precision).cp_comm_type == told
+    assert tower_config(run.model, run.parallel, DTYPES["bfloat16"], precision=run.precision).cp_comm_type is None
 
 
 def test_delayed_scaling_keeps_a_history():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from ranks import ranks
 from llava_mcore.data.errors import DatasetError
 from llava_mcore.parallel import groups as process_groups
 from llava_mcore.parallel.broadcast import from_first, share_steps
+from llava_mcore.platform.copies import ahead
 from llava_mcore.settings.schema import ParallelSettings
 
 CPU = torch.device("cpu")
@@ -34,7 +35,7 @@ class Step:
     batches: list[Batch]
 
 
-def steps_of(replica: int, failing: int | None) -> Iterator[Step]:
+def steps_of(replica: int, failing: int | None) -> Generator[Step, None, None]:
     """Three steps, two batches each, with other pictures in every one; the second fails in one replica."""
     for number in range(3):
         if number == 1 and replica == failing:
@@ -44,10 +45,12 @@ def steps_of(replica: int, failing: int | None) -> Iterator[Step]:
         )
 
 
-def read(parallel: dict[str, Any], failing: int | None) -> dict[str, Any]:
+def read(parallel: dict[str, Any], failing: int | None, one_ahead: bool = False) -> dict[str, Any]:
     """On a rank: all steps it gets, and how they end."""
     groups = process_groups.build(ParallelSettings(**parallel))
     source = steps_of(groups.dp.rank(), failing) if groups.replica.rank() == 0 else None
+    if one_ahead and source is not None:
+        source = ahead(source)
     found, error = [], None
     try:
         for step in share_steps(source, groups, CPU):
@@ -81,10 +84,11 @@ def test_every_rank_gets_its_replicas_steps(size: int, parallel: dict[str, Any],
                 assert (pixels == 100.0 * rank["dp"] + number).all()
 
 
+@pytest.mark.parametrize("one_ahead", [False, True])
 @pytest.mark.parametrize(("size", "parallel", "replicas"), LAYOUTS)
-def test_an_error_of_one_reader_is_every_ranks(size: int, parallel: dict[str, Any], replicas: int) -> None:
+def test_an_error_of_one_reader_is_every_ranks(size: int, parallel: dict[str, Any], replicas: int, one_ahead: bool) -> None:
     for failing in range(replicas):
-        for rank in ranks(size).run(read, parallel, failing):
+        for rank in ranks(size).run(read, parallel, failing, one_ahead):
             assert len(rank["steps"]) == 1
             assert rank["error"] == ("DatasetError", f"replica {failing} has lost its data")
 

@@ -37,6 +37,21 @@ def test_layouts_that_would_work_are_named():
     assert "layouts near it that work on 8 processes: parallel.tensor=2 parallel.pipeline=2 parallel.context=1" in text
 
 
+def test_transformer_engines_exchange_must_fit_the_decoder():
+    a2a = ["parallel.context_exchange=a2a", "parallel.tensor=2", "parallel.context=2"]
+    text = refused(*a2a)
+    wanted = "is not divisible by parallel.tensor=2 x parallel.context=2, as parallel.context_exchange=a2a needs; use ring"
+    assert f"model.language.num_query_groups (2) {wanted}" in text and "num_attention_heads" not in text
+    assert "layouts near it that work on 4 processes: parallel.tensor=1 parallel.pipeline=1 parallel.context=2" in text
+    assert "parallel.context=4" not in text
+    assert compose([*TINY, "parallel.context_exchange=a2a", "parallel.context=2"]).parallel.te_exchange == "a2a"
+    window = ["model.language.family=mistral", "model.language.sliding_window=64", "parallel.context=2"]
+    assert "p2p knows no sliding window (model.language.sliding_window=64); use ring" in refused(
+        *window, "parallel.context_exchange=p2p"
+    )
+    assert compose([*TINY, *window, "parallel.context_exchange=a2a"]).parallel.te_exchange == "a2a"
+
+
 def test_pipeline_split_by_hand_must_fit():
     assert "has 3 entries; pipeline x virtual_pipeline needs 2" in refused(
         "parallel.pipeline=2", "parallel.pipeline_split=[1,1,2]"

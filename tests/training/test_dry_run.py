@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +159,14 @@ def test_more_ranks_than_one(material, capsys):
         and "stage 1" in text
         and "spread over 2 data- and context-parallel ranks" in text
     )
+
+
+def test_padding_for_transformer_engines_exchange_is_shown(material, capsys):
+    layout = ["parallel=tp2_cp2", "parallel.tensor=1", "parallel.context_exchange=p2p"]
+    report(compose([*TINY, *material, *layout, "train.global_batch_size=8"]), 2)
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if "exchange padding" in line)
+    added, slots = (int(number.replace(",", "")) for number in re.findall(r"([\d,]+) (?:tokens|slots)", row))
+    assert 0 < added < slots / 10 and (added + slots) % 4 == 0
 
 
 def test_missing_data_is_not_well(capsys):

@@ -18,6 +18,7 @@ from runs import KeptRuns, Material
 from llava_mcore.data.index import build_index
 from llava_mcore.data.lengths import build_lengths
 from llava_mcore.data.shards import ShardWriter
+from llava_mcore.models import context_attention
 from llava_mcore.settings.schema import Settings
 from llava_mcore.training.data_state import QUARANTINE_LOG
 from llava_mcore.training.observe import read_metrics
@@ -48,6 +49,23 @@ def test_packing_changes_nothing(runs_material: Material, tmp_path: Path) -> Non
     lines = [read_metrics(tmp_path / name)[0] for name in ("packed", "alone")]
     assert lines[0]["tokens"] == lines[1]["tokens"] and lines[0]["padding"] < lines[1]["padding"] - 0.1
     assert lines[0]["samples"] == lines[1]["samples"] == 9
+
+
+def fit_by_ring(settings: Settings) -> list[tuple]:
+    """On a rank: a run whose samples are padded for Transformer Engine's exchange, with our ring in its place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(context_attention.SCHEMES, "p2p", context_attention.SCHEMES["ring"])
+        patch.setattr("llava_mcore.training.trainer.problems_here", lambda _: [])  # there is no Transformer Engine here
+        return runs.fit(settings)
+
+
+def test_padding_for_transformer_engines_exchange_is_counted(kept: KeptRuns, runs_material: Material, tmp_path: Path) -> None:
+    settings = runs_material.settings(tmp_path / "run", parallel={"context": 2, "context_exchange": "p2p"})
+    runs.assert_close(runs.result(settings, ranks(2).run(fit_by_ring, settings)), kept.whole("1"))
+    slots = [round(line["tokens"] / (1 - line["padding"])) for line in read_metrics(tmp_path / "run")]
+    plain = [round(line["tokens"] / (1 - line["padding"])) for line in read_metrics(kept.root / "whole-1-float32")]
+    added = [here - there for here, there in zip(slots, plain, strict=True)]
+    assert all(tokens > 0 and tokens % 4 == 0 and tokens < 0.1 * there for tokens, there in zip(added, plain, strict=True)), added
 
 
 # ------------------------------------------------------------------------------------------------------------------ bad data

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llava_mcore.platform.copies import upload
+
 
 @lru_cache(maxsize=8)
 def _grid_sides(side: int, window: int) -> tuple[Tensor, Tensor]:
@@ -28,7 +30,7 @@ def _grid_sides(side: int, window: int) -> tuple[Tensor, Tensor]:
 def grid_sides(side: int, window: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Places of sources [S] and of targets [D] in a picture of ``side`` x ``side`` patches, in raster order (ToMeSD)."""
     sources_S, targets_D = _grid_sides(side, window)
-    return sources_S.to(device, non_blocking=True), targets_D.to(device, non_blocking=True)
+    return upload(sources_S, device), upload(targets_D, device)
 
 
 def alternating_sides(tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
