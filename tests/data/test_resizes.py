@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,9 @@ def digest(found: list[Any]) -> str:
     return hashlib.sha256(b"".join(sorted(repr(stream).encode() for stream in found))).hexdigest()
 
 
-def load(rank: int, size: int, port: int, folder: Path, dataset_path: Path, sp_file: Path) -> None:
+def load(rank: int, size: int, folder: Path, dataset_path: Path, sp_file: Path) -> None:
     """One process: goes on from what is saved, and saves the position after every second step."""
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    dist.init_process_group("gloo", f"file://{folder}/meeting-of-{size}", rank=rank, world_size=size)
     dataset, tokenizer = ShardDataset(dataset_path), load_tokenizer(sp_file)
     state = json.loads((folder / SAVED).read_text()) if (folder / SAVED).exists() else {"step": 0, "account": {}}
     first = state["step"]
@@ -68,13 +67,10 @@ def load(rank: int, size: int, port: int, folder: Path, dataset_path: Path, sp_f
 
 
 def start(size: int, *arguments: Any) -> list[multiprocessing.process.BaseProcess]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     # Torch takes seconds to import: the processes are forked from one that has.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_resizes"])
-    processes = [context.Process(target=load, args=(rank, size, port, *arguments), daemon=True) for rank in range(size)]
+    context.set_forkserver_preload(["torch.distributed", "llava_mcore.data.loader", "llava_mcore.data.sources"])
+    processes = [context.Process(target=load, args=(rank, size, *arguments), daemon=True) for rank in range(size)]
     for process in processes:
         process.start()
     return processes
