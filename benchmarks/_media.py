@@ -1,6 +1,7 @@
 """Pictures and clips a second on all cores of the CPU, against what is usually done. ``benchmarks/data.py`` runs them.
 
 All sides give float32 tensors of 336 pixels, normalised as CLIP's, from bytes in memory or in a tar that the system has cached.
+The peers resize with Pillow, ours as ``data.decoder=auto``, within 2/255 of that.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from llava_mcore.conversion.convert import load_hf_into
 from llava_mcore.data.conversation import IGNORE
 from llava_mcore.data.loader import Batch, Piece, lay_out
 from llava_mcore.data.packing import pack
-from llava_mcore.geometry import Shape
 from llava_mcore.models.initialize import initialize
 from llava_mcore.models.llava import LlavaModel, ModelParts, build_model
 from llava_mcore.parallel.groups import Groups
@@ -146,13 +145,7 @@ def rows(samples: Sequence[Sample]) -> dict[str, Tensor]:
 class DecoderOnly(LlavaModel):
     """The same decoder in a text-only run: pictures cost nothing, as there are none."""
 
-    def encode_images(
-        self,
-        pixel_values_NChw: Tensor,
-        shapes: Sequence[Shape] = (),
-        chosen_e: Tensor | None = None,
-        each: int | None = None,
-    ) -> tuple[Tensor, None]:
+    def encode_images(self, pixel_values_NChw: Tensor, *_: Any, **_unused: Any) -> tuple[Tensor, None]:
         """No embeddings [0, H]; LlavaModel would encode a blank picture to keep ranks in step."""
         if len(pixel_values_NChw):
             raise ValueError(f"{len(pixel_values_NChw)} pictures in a text-only run")

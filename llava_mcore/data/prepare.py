@@ -29,7 +29,7 @@ from llava_mcore.data.shards import AUDIO, FAMILIES, INDEX_DIR, KINDS, PICTURE, 
 from llava_mcore.data.shards import EXTENSIONS as EXTENSIONS_READ
 from llava_mcore.data.templates import CHAT_TEMPLATE, TEMPLATES
 from llava_mcore.data.tokenizer import Tokenizer
-from llava_mcore.data.video import FrameChoice, decode_frames, scan_video
+from llava_mcore.data.video import FrameChoice, decode_frames
 
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
@@ -360,8 +360,7 @@ def _decode(extension: str, data: bytes) -> None:
     if extension in PICTURES:
         open_rgb(data)
     elif extension in VIDEOS:
-        scan = scan_video(data)
-        decode_frames(data, FRAMES.choose(scan.times, scan.probe.fps, 0).tolist())
+        decode_frames(data, lambda scan: FRAMES.choose(scan.times, scan.probe.fps, 0))
     else:
         decode_sound(data)
 

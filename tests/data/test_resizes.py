@@ -103,7 +103,8 @@ def test_killed_and_resized(dataset: ShardDataset, tokenizer: Tokenizer, sp_file
                     os.kill(process.pid, signal.SIGKILL)
             for process in processes:
                 process.join()
-    assert reached() == STEPS and set(json.loads((tmp_path / SAVED).read_text())["account"]) <= {"0:9"}
+    # 528 samples: nine epochs are closed, the tenth is not over.
+    assert reached() == STEPS and set(json.loads((tmp_path / SAVED).read_text())["account"]) == {"0:9"}
     lines = [json.loads(line) for line in (tmp_path / LOG).read_text().splitlines()]
     assert {line["size"] for line in lines} == set(SIZES)
     # Steps that a kill took back were made again, by other ranks, and every one is that of a single process.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,7 +14,8 @@ from PIL import Image
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
-from llava_mcore.data.dali_pipelines import PixelSettings
+from llava_mcore.data import decode
+from llava_mcore.data.dali_pipelines import PixelSettings, dali_version
 from llava_mcore.data.decode import Decoder, Request
 from llava_mcore.data.index import build_index
 from llava_mcore.data.lengths import build_lengths
@@ -40,8 +41,8 @@ def encoded(width: int, height: int) -> bytes:
     return out.getvalue()
 
 
-def decoded(geometry: Geometry, data: bytes, **request: Any) -> np.ndarray:
-    with Decoder(PixelSettings(geometry.image_size, "pad", MEAN, STD), geometry=geometry, backend="python") as decoder:
+def decoded(geometry: Geometry, data: bytes, backend: Literal["auto", "python"] = "python", **request: Any) -> np.ndarray:
+    with Decoder(PixelSettings(geometry.image_size, "pad", MEAN, STD), geometry=geometry, backend=backend) as decoder:
         (result,) = decoder.decode([Request("png", data, **request)])
     assert isinstance(result, np.ndarray)
     return result
@@ -65,6 +66,22 @@ def test_tiles_are_bit_equal_to_transformers(kind: str, size: tuple[int, int]) -
     if kind == "onevision":  # one of several pictures: a single tile, padded to a square
         theirs = processor([[Image.open(io.BytesIO(encoded(*size)))] * 2], return_tensors="np")["pixel_values"][0]
         assert np.array_equal(decoded(geometry, encoded(*size))[None], theirs)
+
+
+@pytest.mark.skipif(dali_version() is None, reason="DALI is not installed")
+@pytest.mark.parametrize("size", SIZES)
+def test_tiles_with_and_without_dali(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, within 2/255 of transformers'."""
+    geometry, data = Geometry(28, 4, anyres=Anyres(GRIDS)), encoded(*size)
+    with Decoder(PixelSettings(28, "pad", MEAN, STD), geometry=geometry) as decoder:
+        (by_dali,) = decoder.decode([Request("png", data, tiled=True)])
+        assert decoder.taken == {"picture by dali": 1}
+    monkeypatch.setattr(decode, "dali_version", lambda: None)
+    assert np.array_equal(by_dali, decoded(geometry, data, "auto", tiled=True))
+    exact = decoded(geometry, data, tiled=True)
+    assert by_dali.shape == exact.shape
+    steps = np.abs(by_dali - exact) * np.array(STD).reshape(3, 1, 1) * 255
+    assert steps.max() < 2.001
 
 
 @pytest.fixture(scope="module")
