@@ -5,12 +5,14 @@ grows to the largest world size asked for, and each run joins as many of them as
 
     results = ranks(4).run(function, argument, ...)      # a list, one result a rank; an exception on any rank fails the test
 
-Functions must be importable (module level), arguments and results picklable.
+Functions must be importable (module level), arguments and results picklable. Processes that need something before Megatron-Core
+is imported are a set of their own: ``ranks(4, prepared_by=("module", *arguments))`` calls the module's ``prepare(*arguments)``.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib
 import multiprocessing
 import os
 import socket
@@ -30,12 +32,12 @@ class RankError(AssertionError):
 class Ranks:
     """The first ``size`` processes, joined for one run at a time."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, prepared_by: tuple = ()) -> None:
+        self.size, self.prepared_by = size, prepared_by
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """``function(*arguments)`` on every rank."""
-        workers = _workers(self.size)
+        workers = _workers(self.size, self.prepared_by)
         port = _free_port()
         for rank, (_, connection) in enumerate(workers):
             connection.send((rank, self.size, port, function, arguments))
@@ -58,32 +60,34 @@ class Ranks:
         return results
 
 
-_pool: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+_pools: dict[tuple, list[tuple[multiprocessing.process.BaseProcess, Connection]]] = {}
 
 
-def ranks(size: int) -> Ranks:
+def ranks(size: int, prepared_by: tuple = ()) -> Ranks:
     """``size`` ranks; the processes are started when they are first needed."""
-    return Ranks(size)
+    return Ranks(size, prepared_by)
 
 
 def close_all() -> None:
     """Ends all processes."""
-    for process, connection in _pool:
-        process.kill()
-        process.join()
-        connection.close()
-    _pool.clear()
+    for pool in _pools.values():
+        for process, connection in pool:
+            process.kill()
+            process.join()
+            connection.close()
+    _pools.clear()
 
 
-def _workers(size: int) -> list[tuple[multiprocessing.process.BaseProcess, Connection]]:
+def _workers(size: int, prepared_by: tuple) -> list[tuple[multiprocessing.process.BaseProcess, Connection]]:
     context = multiprocessing.get_context("spawn")
-    while len(_pool) < size:
+    pool = _pools.setdefault(prepared_by, [])
+    while len(pool) < size:
         here, there = context.Pipe()
-        process = context.Process(target=_serve, args=(there,), daemon=False)
+        process = context.Process(target=_serve, args=(there, *prepared_by), daemon=False)
         process.start()
         there.close()
-        _pool.append((process, here))
-    return _pool[:size]
+        pool.append((process, here))
+    return pool[:size]
 
 
 def _free_port() -> int:
@@ -92,7 +96,9 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, preparation: str | None = None, *how: Any) -> None:
+    if preparation is not None:
+        importlib.import_module(preparation).prepare(*how)
     while True:
         try:
             rank, size, port, function, arguments = connection.recv()

@@ -148,6 +148,8 @@ def backend_problems(settings: Settings, cuda: bool, capability: tuple[int, int]
     problems += _attention_problems(settings, precision, cuda, present)
     if settings.parallel.te_exchange is not None:
         problems += _exchange_problems(settings, precision, capability, present)
+    if settings.parallel.tp_comm_overlap:
+        problems += _overlap_problems(settings, precision)
     if precision.fp8 is not None:
         problems += _fp8_problems(settings, precision, capability)
     return problems
@@ -213,6 +215,27 @@ def _exchange_problems(
         problems.append(
             f"{asked} on compute capability {capability[0]}.{capability[1]} needs flash-attn; {INSTALL_FLASH} and leave "
             f"precision.attention=auto, or set {instead}"
+        )
+    return problems
+
+
+def _overlap_problems(settings: Settings, precision: PrecisionSettings) -> list[str]:
+    """What the user buffers ask of layers and stream (``pytorch/module/base.py: initialize_ub``)."""
+    asked, instead = "parallel.tp_comm_overlap=true", "parallel.tp_comm_overlap=false"
+    problems = []
+    if precision.backend != "transformer_engine":
+        problems.append(f"{asked} is Transformer Engine's; set precision.backend=transformer_engine, or {instead}")
+    parallel, fp8 = settings.parallel, precision.fp8 is not None and "language_model" in precision.fp8_modules
+    if fp8 and precision.fp8_recipe == "blockwise":
+        problems.append(
+            f"{asked} gathers no numbers of precision.fp8_recipe=blockwise; set precision.fp8_recipe=tensorwise, or {instead}"
+        )
+    tokens = settings.data.sequence_length * settings.train.micro_batch_size // parallel.context
+    parts = parallel.tensor * (128 if fp8 and precision.fp8_recipe == "mxfp8" else 4)
+    if tokens % parts:
+        problems.append(
+            f"{asked} needs the {tokens} tokens of a micro-batch on a context-parallel rank to be a multiple of {parts}; make "
+            f"data.sequence_length a multiple of {parts * parallel.context}, or set {instead}"
         )
     return problems
 

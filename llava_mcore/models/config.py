@@ -118,6 +118,7 @@ def decoder_config(
         pipeline_model_parallel_layout=_pipeline_layout(parallel, language.num_layers),
         context_parallel_size=parallel.context,
         cp_comm_type=parallel.te_exchange,
+        tp_comm_overlap=parallel.tp_comm_overlap,
         pipeline_dtype=dtype,
         # An output is freed once it is handed to the transport. Gloo still reads it then, where transfers are not waited for.
         deallocate_pipeline_outputs=parallel.virtual_pipeline == 1 or torch.cuda.is_available(),

@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
 
+from llava_mcore.models.fp8_weights import unquantized
 from llava_mcore.models.llava import ModelParts
 from llava_mcore.settings.schema import ModelSettings
 
@@ -31,13 +32,13 @@ def initialize(model: ModelParts, seed: int, metadata: dict, only: str = "") -> 
         metadata: of the sharded state dict (``training.checkpoint.sharding_metadata``).
         only: what the names of those begin with that are filled.
     """
-    for chunk in model:
-        state = chunk.sharded_state_dict(metadata=metadata)
-        apply_factories(state)  # a gated MLP is stored as two tensors, which are views of the one parameter
-        for shard in nested_values(state):
-            if isinstance(shard, ShardedTensor) and shard.key.startswith(only):
-                whole = draw(shard.key, shard.global_shape, chunk.settings, seed)
-                with torch.no_grad():
+    with unquantized(model), torch.no_grad():
+        for chunk in model:
+            state = chunk.sharded_state_dict(metadata=metadata)
+            apply_factories(state)  # a gated MLP is stored as two tensors, which are views of the one parameter
+            for shard in nested_values(state):
+                if isinstance(shard, ShardedTensor) and shard.key.startswith(only):
+                    whole = draw(shard.key, shard.global_shape, chunk.settings, seed)
                     shard.data.copy_(whole[shard.global_slice()].reshape(shard.data.shape))
 
 

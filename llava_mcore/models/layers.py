@@ -147,10 +147,12 @@ def unmark_unsplit(model: nn.Module) -> None:
     """Takes the mark of split weights off linears that stand whole on each rank.
 
     Transformer Engine marks those of every parallel linear, whatever the size of its group; marked, the copies of a tower that is
-    whole on each tensor-parallel rank would each enter the gradient norm.
+    whole on each tensor-parallel rank would each enter the gradient norm. (An expert's linears are split though Transformer
+    Engine is told of no group: Megatron-Core communicates for them.)
     """
     for module in model.modules():
-        if getattr(module, "tp_size", None) == 1:
+        group = getattr(module, "_tp_group", None)
+        if group is not None and group.size() == 1:
             for parameter in module.parameters(recurse=False):
                 if hasattr(parameter, "tensor_model_parallel"):
                     parameter.tensor_model_parallel = False

@@ -1,7 +1,7 @@
 """Layers of Transformer Engine, under the names and calls of the torch ones. Importing this needs Transformer Engine.
 
-Written against Transformer Engine 2.11.0 and Megatron-Core 0.16.1; not run on a GPU yet. ``bash tests/gpu/run.sh`` runs these
-layers and compares them with the torch ones.
+Written for Transformer Engine 2.11.0 and Megatron-Core 0.16.1. Their own Python runs in tests/te, over kernels by definition; the
+kernels have not run yet: ``bash tests/gpu/run.sh`` runs these layers on a GPU and compares them with the torch ones.
 
 Over context-parallel ranks Transformer Engine attends by exchanges of its own (``dot_product_attention/context_parallel.py``):
 ``p2p`` sends keys and values around a ring, ``a2a`` gives each rank whole samples for its share of the heads (DeepSpeed-Ulysses,
@@ -16,6 +16,7 @@ Shape suffixes: S stream (or patches), B rows of a batch, N query heads, G key/v
 
 from __future__ import annotations
 
+import torch
 from megatron.core.extensions.transformer_engine import (
     HAVE_TE,
     TEColumnParallelLinear,
@@ -28,9 +29,13 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from llava_mcore.models.attention import PackedSamples
+from llava_mcore.models.config import DTYPES
+from llava_mcore.settings.schema import Settings
 
 if not HAVE_TE:  # Megatron-Core puts mock objects in the place of its classes
     raise ImportError("Transformer Engine is not installed; see precision.backend in the README, or set precision.backend=torch")
+
+from transformer_engine.pytorch import UserBufferQuantizationMode, initialize_ub  # noqa: E402
 
 
 class PackedTEAttention(TEDotProductAttention):
@@ -67,6 +72,22 @@ class PackedTEAttention(TEDotProductAttention):
             packed_seq_params.as_thd(query_SBND.device),
         )
         return output.reshape(output.shape[0], 1, -1)
+
+
+def reserve_user_buffers(settings: Settings) -> None:
+    """Memory through which tensor-parallel ranks exchange parts of a product while the next part is computed; collective.
+
+    Once in a process, before the first step (``parallel.tp_comm_overlap``). Every micro-batch has to fill it.
+    """
+    precision = settings.precision
+    modes = [UserBufferQuantizationMode.NONE]
+    if precision.fp8 and "language_model" in precision.fp8_modules:
+        modes.append(UserBufferQuantizationMode.FP8)  # beside the other, of layers that stay in bfloat16
+    tokens = settings.data.sequence_length * settings.train.micro_batch_size // settings.parallel.context
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    shape = [tokens, settings.model.language.hidden_size]
+    dtype = DTYPES[settings.train.dtype]
+    initialize_ub(shape, settings.parallel.tensor, quantization_modes=modes, dtype=dtype, bootstrap_backend=backend)
 
 
 NORM, COLUMN, NORM_COLUMN, ROW = TENorm, TEColumnParallelLinear, TELayerNormColumnParallelLinear, TERowParallelLinear

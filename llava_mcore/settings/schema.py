@@ -248,6 +248,11 @@ class ParallelSettings:
     )
     overlap_grad_reduce: bool = Field(False, description="reduce gradients while the backward pass still runs")
     overlap_param_gather: bool = Field(False, description="gather updated parameters during the next forward pass")
+    tp_comm_overlap: bool = Field(
+        False,
+        description="split the decoder's products so that tensor-parallel communication runs beside them (user buffers of "
+        "Transformer Engine; tensor-parallel ranks on one node)",
+    )
     timeout_minutes: float = Field(10.0, gt=0, description="a collective that takes longer ends the run")
 
     @model_validator(mode="after")
@@ -255,6 +260,13 @@ class ParallelSettings:
         problems = []
         if self.overlap_param_gather and not self.overlap_grad_reduce:
             problems.append("overlap_param_gather needs overlap_grad_reduce=true")
+        if self.tp_comm_overlap and not self.sequence_parallel:
+            problems.append("tp_comm_overlap overlaps what sequence parallelism sends; it needs tensor > 1 and sequence=true")
+        if self.tp_comm_overlap and self.te_exchange:
+            problems.append(
+                f"tp_comm_overlap has buffers of one size, context_exchange={self.context_exchange} pads streams to others; use "
+                f"context_exchange=ring or all_gather"
+            )
         if self.virtual_pipeline > 1 and self.pipeline == 1:
             problems.append(f"virtual_pipeline {self.virtual_pipeline} needs pipeline > 1")
         if isinstance(self.pipeline_split, list) and len(self.pipeline_split) != self.chunks:

@@ -18,11 +18,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException as WriteFailure
 
+from llava_mcore.models.fp8_weights import give_values, unquantized
 from llava_mcore.models.initialize import LEARNED_TOKENS
 from llava_mcore.models.llava import ModelParts
 from llava_mcore.models.vision import resized_positions
@@ -51,15 +52,24 @@ def sharding_metadata(groups: Groups) -> dict[str, Any]:
 
 
 def model_state(model: ModelParts, groups: Groups) -> dict[str, dict[str, Any]]:
-    """The sharded weights of each part, without the empty extra states that layers keep for Transformer Engine."""
+    """The sharded weights of each part, without what layers keep beside them for FP8 (:func:`scaling_state`)."""
+    return _states(model, groups, extra=False)
+
+
+def scaling_state(model: ModelParts, groups: Groups) -> dict[str, dict[str, Any]]:
+    """What Transformer Engine's layers keep from step to step: the scales of delayed scaling, and what they follow from."""
+    return _states(model, groups, extra=True)
+
+
+def _states(model: ModelParts, groups: Groups, extra: bool) -> dict[str, dict[str, Any]]:
     states = {}
     for number, part in enumerate(model):
         state = part.sharded_state_dict(metadata=sharding_metadata(groups))
-        states[f"part{number}"] = {name: shard for name, shard in state.items() if not name.endswith("_extra_state")}
+        states[f"part{number}"] = {name: shard for name, shard in state.items() if name.endswith("_extra_state") == extra}
     if groups.tower.tp is not groups.tp:
         # The encoder is whole on each tensor-parallel rank, of which Megatron-Core knows nothing: one of the copies is saved.
         for name, shard in ((name, shard) for state in states.values() for name, shard in state.items()):
-            if name.startswith(("vision_tower.", "projector.")):
+            if name.startswith(("vision_tower.", "projector.")) and isinstance(shard, ShardedBase):
                 shard.replica_id = (shard.replica_id[0], groups.tp.rank(), shard.replica_id[2])
     return states
 
@@ -93,8 +103,9 @@ def load_model(path: str | Path, model: ModelParts, groups: Groups) -> None:
 
 
 def _put_weights(model: ModelParts, states: dict[str, dict[str, Any]]) -> None:
-    for number, part in enumerate(model):
-        part.load_state_dict(states[f"part{number}"], strict=False)  # the extra states were left out
+    with unquantized(model):
+        for part, state in zip(model, states.values(), strict=False):
+            part.load_state_dict(state, strict=False)  # extra states and weights come apart
 
 
 def _not_of_weights(theirs: ModelSettings, ours: ModelSettings) -> tuple[str, ...]:
@@ -124,6 +135,11 @@ def _flat(path: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         return {path: value}
     return {name: leaf for key, inner in value.items() for name, leaf in _flat(f"{path}.{key}", inner).items()}
+
+
+def delayed_scaling(precision: dict[str, Any]) -> bool:
+    """Whether FP8 numbers are scaled by what earlier steps had, of settings ``precision``."""
+    return precision.get("fp8") is not None and precision.get("fp8_recipe") == "delayed"
 
 
 class Checkpointer:
@@ -166,6 +182,7 @@ class Checkpointer:
         final = self.root / f"step_{step:08d}"
         partial = self.root / f".step_{step:08d}.partial"
         state = self._state(model, optimizer, is_loading=False)
+        give_values(state["model"], state["optimizer"])
         self._require_room(model)
         if self.is_first:
             shutil.rmtree(partial, ignore_errors=True)
@@ -225,19 +242,22 @@ class Checkpointer:
             the checkpoint's ``meta.json``: step and data position among others.
         """
         require_same_model(path, self.settings.model)
-        stored = folder.read_settings(path)["train"]
+        stored = folder.read_settings(path)
         for name in ("freeze", "dtype"):
-            if stored[name] != getattr(self.settings.train, name):
-                now = getattr(self.settings.train, name)
+            then, now = stored["train"][name], getattr(self.settings.train, name)
+            if then != now:
                 raise CheckpointError(
-                    f"{path} was saved with train.{name}={stored[name]}, the run now has {now}; set it back, or start a new run "
+                    f"{path} was saved with train.{name}={then}, the run now has {now}; set it back, or start a new run "
                     f"with train.init_from={path} and another train.output_dir"
                 )
         meta = folder.read_meta(path)
         state = self._state(model, optimizer, is_loading=True)
         if meta["layout"] != self._layout():
             del state["random"]  # it belongs to ranks that are not there
+        if not delayed_scaling(stored.get("precision", {})):
+            state.pop("scaling", None)
         loaded = dist_checkpointing.load(state, str(path / folder.WEIGHTS))
+        _put_weights(model, loaded.get("scaling", {}))
         _put_weights(model, loaded["model"])
         optimizer.load_state_dict(loaded["optimizer"])
         if "random" in loaded:
@@ -250,11 +270,14 @@ class Checkpointer:
         states = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
         random = ShardedObject("random", states, (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
         metadata = sharding_metadata(self.groups)
-        return {
+        state = {
             "model": weights,
             "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata),
             "random": random,
         }
+        if delayed_scaling(asdict(self.settings.precision)):
+            state["scaling"] = scaling_state(model, self.groups)
+        return state
 
     def _layout(self) -> dict[str, int]:
         """What says whether a rank of the checkpoint is the same rank here."""

@@ -110,7 +110,7 @@ def _costs(settings: Settings) -> tuple[float, float, float]:
         model = dataclasses.replace(settings.model, language=language)
         # Settings check themselves as a whole, and one layer fits no pipeline; this model is only counted.
         one_rank = dataclasses.replace(
-            settings.parallel, tensor=1, pipeline=1, context=1, virtual_pipeline=1, pipeline_split="even"
+            settings.parallel, tensor=1, pipeline=1, context=1, virtual_pipeline=1, pipeline_split="even", tp_comm_overlap=False
         )
         counter = FlopsCounter(dataclasses.replace(settings, model=model, parallel=one_rank))
         return counter.breakdown([sample] * samples, samples * geometry.tiles(picture))

@@ -20,6 +20,7 @@ from llava_mcore.data.sources import mixture_of, open_blend
 from llava_mcore.data.tokenizer import load_tokenizer
 from llava_mcore.models.backend import blank_pictures, problems_here
 from llava_mcore.models.config import Recompute
+from llava_mcore.models.fp8_weights import unquantized
 from llava_mcore.models.initialize import LEARNED_TOKENS, initialize
 from llava_mcore.models.llava import build_model
 from llava_mcore.parallel import groups as process_groups
@@ -79,6 +80,10 @@ class Trainer:
         self.checkpointer = Checkpointer(settings, self.groups, self.place.is_first)
         self.resumed_from = self.checkpointer.latest() if train.resume else None
         recompute = Recompute.of(train)
+        if parallel.tp_comm_overlap:
+            from llava_mcore.models.transformer_engine import reserve_user_buffers
+
+            reserve_user_buffers(settings)
         self.model = build_model(settings.model, parallel, train.dtype, self.groups, recompute, settings.precision)
         self.model.to(self.place.device)
         if self.resumed_from is None:
@@ -159,7 +164,8 @@ class Trainer:
         # What a source without tiles or clips has not learned.
         initialize(self.model, self.settings.train.seed, sharding_metadata(self.groups), only=LEARNED_TOKENS)
         if checkpoint_folder.is_hf(source):
-            load_hf_into(model_state(self.model, self.groups), source)
+            with unquantized(self.model):
+                load_hf_into(model_state(self.model, self.groups), source)
         else:
             load_model(source, self.model, self.groups)
         self.say(f"weights from {source}")

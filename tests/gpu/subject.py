@@ -40,6 +40,7 @@ def settings(*overrides: str) -> Settings:
             "model.language.ffn_hidden_size=512",
             "model.vision.hidden_size=128",
             "data.sequence_length=512",
+            "train.micro_batch_size=1",
             "train.dtype=bfloat16",
             *overrides,
         ]
@@ -85,8 +86,12 @@ class Subject:
 
     def __init__(self, run: Settings, prepare: Callable[[ModelParts, Groups], Any] | None = None) -> None:
         self.device = device.start(timeout_minutes=5).device
-        forget_attention_choice()
+        forget_choices()
         self.run, self.groups = run, process_groups.build(run.parallel)
+        if run.parallel.tp_comm_overlap:
+            from llava_mcore.models.transformer_engine import reserve_user_buffers
+
+            reserve_user_buffers(run)
         self.model = build_model(run.model, run.parallel, run.train.dtype, self.groups, Recompute.of(run.train), run.precision)
         self.model.to(self.device)
         initialize(self.model, run.train.seed, sharding_metadata(self.groups))
@@ -142,17 +147,22 @@ class Subject:
         process_groups.destroy()
 
 
-def forget_attention_choice() -> None:
-    """Megatron-Core keeps the choice in the environment and refuses another in the same process.
+def forget_choices() -> None:
+    """What is kept in a process for one run.
 
-    Transformer Engine reads it there, and not again for a call of the same shapes and masks as the one before.
+    Megatron-Core keeps the choice of attention in the environment and refuses another. Transformer Engine reads it there, and not
+    again for a call of the same shapes and masks as the one before; it also keeps user buffers, and the groups of FP8 scales.
     """
     for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         os.environ.pop(name, None)
     if TE in installed():
+        from transformer_engine.pytorch import destroy_ub
         from transformer_engine.pytorch.attention.dot_product_attention import _attention_backends
+        from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
         _attention_backends["attention_params"] = None
+        FP8GlobalStateManager.reset()
+        destroy_ub()
 
 
 def _fused_name(name: str) -> str:

@@ -32,7 +32,7 @@ from llava_mcore.models.backend import (
 from llava_mcore.models.config import DTYPES, decoder_config, projector_config, tower_config
 from llava_mcore.models.flash import flash_attention, torch_kernel
 from llava_mcore.models.initialize import initialize
-from llava_mcore.models.layers import TORCH, Norm, layer_spec, parts_of, unmark_unsplit
+from llava_mcore.models.layers import TORCH, Norm, layer_spec, parts_of
 from llava_mcore.models.llava import build_model
 from llava_mcore.parallel import groups as process_groups
 from llava_mcore.settings.compose import SettingsError, compose, from_stored, to_dict
@@ -191,6 +191,21 @@ REFUSED = {
         ["precision=fp8_hybrid", "precision.fp8_modules=[projector]", "model.vision.select_feature=cls_patch"],
         {},
         "embeddings of a picture (577) is not a multiple of 16; leave projector out of precision.fp8_modules",
+    ),
+    "overlap without Transformer Engine": (
+        ["parallel.tp_comm_overlap=true", "precision.backend=torch"],
+        {},
+        "parallel.tp_comm_overlap=true is Transformer Engine's; set precision.backend=transformer_engine",
+    ),
+    "overlap of blocks": (
+        ["parallel.tp_comm_overlap=true", "precision=fp8_blockwise"],
+        {},
+        "gathers no numbers of precision.fp8_recipe=blockwise; set precision.fp8_recipe=tensorwise",
+    ),
+    "overlap in parts that do not divide": (
+        ["parallel.tp_comm_overlap=true", "data.sequence_length=2044"],
+        {},
+        "needs the 2044 tokens of a micro-batch on a context-parallel rank to be a multiple of 8",
     ),
     "bf16 layers": (
         ["precision=fp8_hybrid", "precision.fp8_first_last_bf16=33"],
@@ -359,19 +374,6 @@ def test_fused_layers_are_the_same_model_under_the_same_names():
     names, fused_names, losses, fused_losses = ranks(2).run(both_ways)[0]
     assert names == fused_names and any("linear_qkv.layer_norm_weight" in name for name in names)
     assert torch.equal(losses, fused_losses)
-
-
-def test_weights_that_are_whole_on_each_rank_are_not_marked_as_split():
-    class Linear(torch.nn.Linear):
-        def __init__(self, tp_size: int) -> None:
-            super().__init__(2, 2)
-            self.tp_size = tp_size
-            self.weight.tensor_model_parallel = True
-
-    model = torch.nn.ModuleList([Linear(1), Linear(2)])
-    unmark_unsplit(model)
-    assert [linear.weight.tensor_model_parallel for linear in model] == [False, True]
-    assert not hasattr(model[0].bias, "tensor_model_parallel")
 
 
 # ---- attention ----

@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import oracle  # noqa: E402
 import ours  # noqa: E402
 
-from llava_mcore.models import context_attention  # noqa: E402
 from llava_mcore.settings.compose import from_dict  # noqa: E402
 from llava_mcore.settings.schema import Settings  # noqa: E402
 
@@ -119,34 +118,6 @@ def test_equals_one_process(alone: dict[str, Any], layout: str) -> None:
     size, parallel = LAYOUTS[layout]
     worst = largest_differences(ranks(size).run(ours.train, settings(parallel), batches(), STEPS), alone)
     print(f"\n{layout} ({size}): " + ", ".join(f"{what} {value:.1e}" for what, value in worst.items()))
-    assert max(worst.values()) < TOLERANCE, worst
-
-
-# Samples padded as Transformer Engine's exchange wants them, their keys and values exchanged by our ring in its place: this shows
-# that the padding changes nothing, in stages of a pipeline that must agree on it, too. Its own kernels: tests/gpu.
-PADDED: dict[str, tuple[int, dict[str, Any]]] = {
-    "CP2": (2, {"context": 2}),
-    "TP2 CP2": (4, {"tensor": 2, "context": 2}),
-    "PP2 VPP2 CP2": (4, {"pipeline": 2, "virtual_pipeline": 2, "context": 2}),
-    "CP4": (4, {"context": 4}),
-}
-
-
-def train_by_ring(*arguments: Any) -> dict[str, Any]:
-    """``ours.train`` on a rank, with our ring under the name of Transformer Engine's."""
-    context_attention.SCHEMES["p2p"] = context_attention.SCHEMES["ring"]
-    try:
-        return ours.train(*arguments)
-    finally:
-        del context_attention.SCHEMES["p2p"]
-
-
-@pytest.mark.parametrize("layout", PADDED)
-def test_padding_for_transformer_engines_exchange_changes_nothing(alone: dict[str, Any], layout: str) -> None:
-    size, parallel = PADDED[layout]
-    padded = settings(parallel | {"context_exchange": "p2p"})
-    worst = largest_differences(ranks(size).run(train_by_ring, padded, batches(), STEPS), alone)
-    print(f"\npadded, {layout} ({size}): " + ", ".join(f"{what} {value:.1e}" for what, value in worst.items()))
     assert max(worst.values()) < TOLERANCE, worst
 
 

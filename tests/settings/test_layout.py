@@ -92,6 +92,10 @@ def test_streams_must_hold_a_picture_and_fit_the_decoder():
 
 def test_overlap_needs_what_it_builds_on():
     assert "overlap_param_gather needs overlap_grad_reduce=true" in refused("parallel.overlap_param_gather=true")
+    for layout in (["parallel.tensor=1"], ["parallel=tp2", "parallel.sequence=false"]):
+        assert "it needs tensor > 1 and sequence=true" in refused("parallel.tp_comm_overlap=true", *layout)
+    padded = ["parallel=tp2", "parallel.context=2", "parallel.context_exchange=p2p"]
+    assert "context_exchange=p2p pads streams to others" in refused("parallel.tp_comm_overlap=true", *padded)
 
 
 @pytest.mark.parametrize(
