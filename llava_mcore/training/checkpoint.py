@@ -104,8 +104,8 @@ def load_model(path: str | Path, model: ModelParts, groups: Groups) -> None:
 
 def _put_weights(model: ModelParts, states: dict[str, dict[str, Any]]) -> None:
     with unquantized(model):
-        for part, state in zip(model, states.values(), strict=False):
-            part.load_state_dict(state, strict=False)  # extra states and weights come apart
+        for part, state in zip(model, states.values(), strict=True):
+            part.load_state_dict(state, strict=False)  # extra states are not always there
 
 
 def _not_of_weights(theirs: ModelSettings, ours: ModelSettings) -> tuple[str, ...]:
@@ -257,8 +257,8 @@ class Checkpointer:
         if not delayed_scaling(stored.get("precision", {})):
             state.pop("scaling", None)
         loaded = dist_checkpointing.load(state, str(path / folder.WEIGHTS))
-        _put_weights(model, loaded.get("scaling", {}))
-        _put_weights(model, loaded["model"])
+        scaling = loaded.get("scaling", {})
+        _put_weights(model, {part: weights | scaling.get(part, {}) for part, weights in loaded["model"].items()})
         optimizer.load_state_dict(loaded["optimizer"])
         if "random" in loaded:
             torch.set_rng_state(loaded["random"]["torch"])

@@ -74,6 +74,8 @@ class Cuda(types.ModuleType):
 
 def prepare(major: int, minor: int) -> None:
     """Makes ``transformer_engine`` importable, and Megatron-Core find it installed, on a device of this compute capability."""
+    for name in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(name, None)  # what Megatron-Core decided in the process that started this one
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its libraries are not looked for
     os.environ["NVTE_UNFUSED_FP8_UPDATE"] = "1"  # scales that follow from earlier steps: its Python instead of a kernel
     sys.path.insert(0, str(FOLDER))

@@ -21,6 +21,7 @@ from te_on_cpu import HOPPER, needs_te  # noqa: E402
 from test_experts import experts  # noqa: E402
 from test_layouts import RECOMPUTED, STEPS, TOLERANCE, batches, largest_differences, settings  # noqa: E402
 
+from llava_mcore.settings.model import RopeScaling  # noqa: E402
 from llava_mcore.settings.schema import PrecisionSettings, Settings  # noqa: E402
 
 pytestmark = needs_te
@@ -75,9 +76,9 @@ def train(run: Settings, *arguments: Any) -> dict[str, Any]:
     return found
 
 
-def one_process(run: Settings) -> dict[str, Any]:
+def one_process(run: Settings, steps: int = STEPS) -> dict[str, Any]:
     """What torch's layers give on one process."""
-    (result,) = ranks(1).run(ours.train, run, batches(), run.train.steps)
+    (result,) = ranks(1).run(ours.train, run, batches(), steps)
     return {**result, "gradients": ours.assemble(result["gradients"]), "weights": ours.assemble(result["weights"])}
 
 
@@ -88,7 +89,7 @@ def alone() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def alone_with_experts() -> dict[str, Any]:
-    return one_process(experts({}))
+    return one_process(experts({}), experts({}).train.steps)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -106,6 +107,27 @@ def test_experts(alone_with_experts: dict[str, Any], layout: str) -> None:
     worst = largest_differences(ranks(size, HOPPER).run(train, run, batches(), run.train.steps), alone_with_experts)
     # Norms are summed in another order too, and Adam makes the most of it in experts that few tokens came to.
     assert worst.pop("weights") < 2 * TOLERANCE and max(worst.values()) < TOLERANCE, worst
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "q/k/v biases": {"family": "qwen2", "qkv_bias": True},
+    "q/k norm": {"family": "qwen3", "qk_norm": True},
+    "a sliding window": {"family": "mistral", "sliding_window": 5},
+    "half of a head turned": {"family": "phi3", "rotary_percent": 0.5},
+    "yarn": {
+        "family": "qwen2",
+        "qkv_bias": True,
+        "rope_scaling": RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=64),
+    },
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_decoder(family: str) -> None:
+    base = settings({})
+    run = replace(base, model=replace(base.model, language=replace(base.model.language, **FAMILIES[family])))
+    worst = largest_differences(ranks(1, HOPPER).run(train, by_te(run), batches(), 1), one_process(run, 1))
+    assert max(worst["loss"], worst["norm"], worst["gradients"]) < TOLERANCE, worst
 
 
 @pytest.mark.parametrize("kind", RECOMPUTED)

@@ -126,6 +126,29 @@ def test_learns_as_in_bfloat16_and_resumes_bit_identical(
     runs.assert_same(trained(case, settings(runs_material, case, tmp_path / "stopped")), whole)
 
 
+def scales(run: Settings) -> list[list[float]]:
+    """On a rank, at the start of a run: the scales of each of its modules that multiplies in FP8."""
+    import te_on_cpu
+
+    te_on_cpu.forget()
+    found = [
+        module.fp8_meta["scaling_fwd"]
+        for module in Trainer(run).model.modules()
+        if "scaling_fwd" in getattr(module, "fp8_meta", {})
+    ]
+    return [state.scale.tolist() + state.amax_history.flatten().tolist() for state in found]
+
+
+def test_delayed_scaling_goes_on_at_another_layout(runs_material: Material, tmp_path: Path) -> None:
+    case = "delayed, TP2"
+    run = settings(runs_material, case, tmp_path / "run", stop_after=2)
+    trained(case, run)
+    here, _ = ranks(2, HOPPER).run(scales, run)
+    first, second = ranks(2, HOPPER).run(scales, replace(run, parallel=replace(run.parallel, tensor=1, pipeline=2)))
+    assert len(here) == 4 * 4 and all(state[0] != 1.0 for state in here)
+    assert first and second and sorted(first + second) == sorted(here)
+
+
 def at_start(run: Settings) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """On a rank, at the start of a run: what the weights stand for, and the copies that the optimizer trains."""
     if run.precision.backend == "transformer_engine":
