@@ -23,7 +23,10 @@ import torch
 FOLDER = Path(__file__).parents[2] / "build" / "transformer_engine-2.11.0"  # put there by tests/run.sh
 HOPPER, BLACKWELL = ("te_on_cpu", 9, 0), ("te_on_cpu", 10, 0)  # for ``prepared_by``: compute capability
 
-needs_te = pytest.mark.skipif(not FOLDER.is_dir(), reason="Transformer Engine's Python is not there: bash tests/run.sh gets it")
+needs_te = pytest.mark.skipif(
+    not FOLDER.is_dir() or torch.cuda.is_available(),
+    reason="needs Transformer Engine's Python (bash tests/run.sh gets it) and no CUDA; tests/gpu runs the real one",
+)
 
 # What cannot be imported without CUDA, and that none of our layers uses.
 LEFT_OUT = ("onnx_extensions", "triton", "triton.permutation", "triton.cross_entropy", "triton.pad")
