@@ -3,7 +3,7 @@
 It shows how our layers, layouts, precisions and checkpoints meet Transformer Engine: its modules, its FP8 state and tensors, its
 exchanges over context-parallel ranks and its user buffers run as published. It shows nothing of its kernels; tests/gpu does.
 
-:func:`prepare` is called in a process of its own, before Megatron-Core is imported (``ranks(..., prepared_by=TE)``).
+:func:`prepare` is called in a process of its own, before Megatron-Core is imported (``ranks(4, HOPPER)``).
 """
 
 from __future__ import annotations

@@ -63,17 +63,14 @@ def by_te(run: Settings) -> Settings:
 def train(run: Settings, *arguments: Any) -> dict[str, Any]:
     """``ours.train`` on a rank."""
     import te_on_cpu
-    import torch.distributed as dist
 
     from llava_mcore.models import transformer_engine
 
     te_on_cpu.forget()
     if run.parallel.tp_comm_overlap:
-        dist.barrier()
         transformer_engine.reserve_user_buffers(run)
     with te_on_cpu.attention_in_float32():
-        found = ours.train(run, *arguments)
-    return found
+        return ours.train(run, *arguments)
 
 
 def one_process(run: Settings, steps: int = STEPS) -> dict[str, Any]:
